@@ -1,0 +1,14 @@
+"""The paper's first baseline: linear mel features, latents compared by subtraction.
+
+python -m eqst.train --config=configs/linear_mel_bl.py --workdir=runs/linear_mel_bl
+"""
+
+from eqst import config
+
+
+def get_config():
+    """`db_mel_pm` but for the features' scale and the comparison."""
+    settings = config.default()
+    settings.features.scale = "linear"
+    settings.model.comparison = "subtract"
+    return settings

@@ -1,0 +1,1 @@
+"""EQST: one-shot EQ style transfer. See the README for the layout."""

@@ -1,0 +1,248 @@
+"""What a run says of itself, and trained weights that travel with it; no Orbax here.
+
+The card is the file config.json of a run's folder: format, resolved config, commit, packages, the
+normalisation of the features and the table of bands. Packaged weights are a pair of files,
+NAME.npz (arrays named by their slash-joined paths) and NAME.json (the card).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.resources
+import io
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+FORMAT_VERSION = 1
+CARD_NAME = "config.json"
+# What a run has to say of itself; the rest of the card is filled in here.
+CARD_KEYS = ("config", "normalisation", "band_table")
+PACKAGES = ("eqst", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+
+
+class CheckpointError(ValueError):
+    """A folder or file that cannot be used: one line with what is wrong and the way out."""
+
+
+class Loaded(NamedTuple):
+    """A trained predictor as data: `params` is a nested dict of numpy arrays."""
+
+    card: dict[str, Any]
+    params: dict[str, Any]
+    step: int
+
+
+def write_card(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a run's config.json, replacing an older one in a single motion.
+
+    Args:
+      workdir: the run's folder, made if absent.
+      card: JSON values (numpy ones too) under CARD_KEYS and any other key: `config` the resolved
+        config, `normalisation` what the features subtract and divide by, `band_table` the bands.
+
+    Returns:
+      The card as written: with `format_version`, `commit` and `packages` added.
+
+    Raises:
+      CheckpointError: a key of CARD_KEYS is missing, or a value is no finite JSON.
+    """
+    missing = [key for key in CARD_KEYS if key not in card]
+    if missing:
+        raise CheckpointError(f"the card of a run needs {missing}, it has {sorted(card)}")
+    full = {
+        "format_version": FORMAT_VERSION,
+        **card,
+        "commit": _commit(),
+        "packages": {"python": platform.python_version(), **_versions()},
+    }
+    text = to_json(full)
+    if jax.process_index() == 0:
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CARD_NAME, text)
+    return json.loads(text)
+
+
+def read_card(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a run's config.json.
+
+    Raises:
+      CheckpointError: the folder is no run of EQST, or its format is not one this version reads.
+    """
+    folder = epath.Path(workdir)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}: give the --workdir of a training run")
+    if not (folder / CARD_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {CARD_NAME}, so it is no run of EQST: "
+            "give the folder that `python -m eqst.train --workdir=` wrote to"
+        )
+    return _parse_card((folder / CARD_NAME).read_text(), str(folder / CARD_NAME))
+
+
+def _parse_card(text: str, source: str) -> dict[str, Any]:
+    try:
+        card = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{source} is not JSON ({error}): restore it or train anew") from None
+    if not isinstance(card, dict) or not isinstance(card.get("format_version"), int):
+        raise CheckpointError(f"{source} names no format_version: EQST did not write it")
+    version = card["format_version"]
+    if version != FORMAT_VERSION:
+        wanted = "a newer eqst" if version > FORMAT_VERSION else "the eqst that wrote it"
+        raise CheckpointError(
+            f"{source} has format_version {version}, this eqst reads {FORMAT_VERSION}: use {wanted}"
+        )
+    absent = [key for key in CARD_KEYS if key not in card]
+    if absent:
+        raise CheckpointError(f"{source} lacks {absent}: restore it or train anew")
+    return card
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def _commit() -> str:
+    """The commit of this clone, with "+changes" where files differ from it, or "unknown"."""
+    here = pathlib.Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's clone: only a tracked file counts.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def save_weights(
+    loaded: Loaded, path_stem: str | os.PathLike[str], *, dtype: str = "float32"
+) -> None:
+    """Writes parameters as PATH_STEM.npz and their card as PATH_STEM.json.
+
+    Args:
+      loaded: from `eqst.checkpoint.load`.
+      path_stem: where to, without the ending; folders are made.
+      dtype: how floats are stored: "float32", or "float16" (half the size, 3 digits).
+
+    Raises:
+      CheckpointError: a value that `dtype` cannot hold.
+    """
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype={dtype!r}: choose 'float32' or 'float16'")
+    arrays = {}
+    for name, leaf in named_leaves(loaded.params).items():
+        is_float = jax.dtypes.issubdtype(leaf.dtype, np.floating)
+        with np.errstate(over="ignore"):
+            arrays[name] = leaf.astype(dtype) if is_float else leaf
+        if is_float and not np.isfinite(arrays[name]).all():
+            raise CheckpointError(f"{name} is not finite in {dtype}: choose float32, or train anew")
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    stem = epath.Path(path_stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    weights = {"step": loaded.step, "dtype": dtype, "sha256": digest(buffer.getvalue())}
+    write_whole(stem.parent / f"{stem.name}.npz", buffer.getvalue())
+    write_whole(stem.parent / f"{stem.name}.json", to_json({**loaded.card, "weights": weights}))
+
+
+def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
+    """Loads exported weights, floats as float32; imports no Orbax.
+
+    Args:
+      path_stem: as given to `export_weights`; None takes those packaged with eqst.
+
+    Raises:
+      CheckpointError: a file is absent, damaged, or of a format this version does not read.
+    """
+    if path_stem is None:
+        folder, name = importlib.resources.files("eqst") / "weights", "default"
+        absent = "this eqst comes without weights: train, and give --workdir=DIR"
+    else:
+        folder, name = epath.Path(path_stem).parent, epath.Path(path_stem).name
+        absent = (
+            f"{path_stem}.npz and .json are not there: eqst.checkpoint.export_weights makes them"
+        )
+    npz, card_file = folder / f"{name}.npz", folder / f"{name}.json"
+    if not (npz.is_file() and card_file.is_file()):
+        raise CheckpointError(absent)
+    card = _parse_card(card_file.read_text(encoding="utf-8"), str(card_file))
+    data = npz.read_bytes()
+    if "weights" not in card or card["weights"]["sha256"] != digest(data):
+        raise CheckpointError(f"{npz} is not what {card_file} describes: export both again")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        leaves = {name: arrays[name] for name in arrays.files}
+    for name, leaf in leaves.items():
+        if leaf.dtype == np.float16:
+            leaves[name] = leaf.astype(np.float32)
+    return Loaded(card, nested(leaves), card["weights"]["step"])
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by slash-joined path, such as `params/encoder/kernel`, in the tree's order."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    keystr = jax.tree_util.keystr
+    leaves = {keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    if len(leaves) != len(paths):
+        raise ValueError("two leaves have the same slash-joined path: use no '/' in names")
+    return leaves
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `named_leaves` for nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def to_json(value: Any) -> str:
+    """JSON text of nested dicts and lists, numpy and JAX values included; NaN is refused."""
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, np.ndarray | np.generic | jax.Array):
+            return np.asarray(other).tolist()
+        raise TypeError(f"a {type(other).__name__} is no JSON")
+
+    try:
+        return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=plain) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"this cannot be written down: {error}") from None
+
+
+def digest(data: str | bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def write_whole(path: epath.Path, data: str | bytes) -> None:
+    """Writes a file so that at any moment it is absent, the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    temporary.replace(path)

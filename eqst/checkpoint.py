@@ -1,0 +1,435 @@
+"""A run's checkpoints: Orbax underneath, checksums and fallback on top. The only user of Orbax.
+
+A run's folder:
+
+    config.json                 the card, see `eqst.card`
+    checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest two)
+    checkpoints/best/STEP/      an Orbax checkpoint of {"params": ..} (the best one)
+    .../STEP/eqst.json          our seal on each: a checksum for every leaf
+
+The seal is written last and in one motion, so it is also what makes a checkpoint count: whatever
+a process killed at any moment leaves behind lacks it, is never read, and goes with the next save.
+Orbax itself verifies nothing: a flipped byte loads as different weights. Hence the checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import IO, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from eqst.card import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Loaded,
+    digest,
+    load_weights,
+    named_leaves,
+    nested,
+    read_card,
+    save_weights,
+    to_json,
+    write_card,
+    write_whole,
+)
+
+# One import serves whoever keeps runs; who only wants packaged weights may take `eqst.card`.
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Loaded",
+    "export_weights",
+    "load",
+    "load_weights",
+    "read_card",
+    "write_card",
+]
+
+SEAL_NAME = "eqst.json"
+DAMAGED_NAME = "eqst.damaged.json"
+
+_log = logging.getLogger("eqst")
+
+
+class _Damaged(Exception):
+    """A checkpoint whose files are not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the process (or processes) that train it.
+
+    Use it in a `with` block: it holds the folder against a second writer. Every method is called
+    by all processes; saves return when the checkpoint is complete on disk.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 2) -> None:
+        """Names the run's folder and how many of the last checkpoints stay."""
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least 1 checkpoint has to stay")
+        self._folder = epath.Path(workdir) / "checkpoints"
+        self._last = self._folder / "last"
+        self._best = self._folder / "best"
+        self._keep = keep
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _hold(self._folder)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        steps = _complete_steps(self._last)
+        return steps[-1] if steps else None
+
+    def best_metric(self) -> float | None:
+        """The metric that `save_best` last accepted, or None."""
+        steps = _complete_steps(self._best)
+        return float(_read_seal(self._best / str(steps[-1]))["metric"]) if steps else None
+
+    def save(self, step: int, state_tree: Any) -> bool:
+        """Saves the training state and drops all but the newest `keep` checkpoints.
+
+        Args:
+          step: steps done, >= 0.
+          state_tree: any tree of arrays (numpy and Python scalars become 0-d arrays). What `load`
+            shall find lies under the key or field `params`, as nested dicts.
+
+        Returns:
+          False where this step is already saved: a complete checkpoint is never written over.
+        """
+        if step in _complete_steps(self._last):
+            return False
+        _save(self._last, step, state_tree, metric=None)
+        _prune(self._last, keep=_complete_steps(self._last)[-self._keep :])
+        return True
+
+    def save_best(self, step: int, params_tree: Any, metric: float) -> bool:
+        """Saves the parameters if `metric` is below that of the best so far.
+
+        Args:
+          step: steps done, >= 0.
+          params_tree: nested dicts of arrays.
+          metric: lower is better, the same on all processes; NaN is never best.
+
+        Returns:
+          Whether they are the best now.
+        """
+        best = self.best_metric()
+        if not math.isfinite(metric) or (best is not None and metric >= best):
+            return False
+        if step in _complete_steps(self._best):
+            return False
+        _save(self._best, step, {"params": params_tree}, metric=float(metric))
+        _prune(self._best, keep=[step])
+        return True
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Restores the newest checkpoint whose content is what was saved.
+
+        A damaged one is passed over, says so in one line, and is not offered again.
+
+        Args:
+          abstract_state: the tree that was saved, with jax.ShapeDtypeStruct leaves that carry a
+            sharding, or real arrays in their places; numpy leaves come back as numpy.
+
+        Returns:
+          (step, state), or None where nothing has been saved.
+
+        Raises:
+          CheckpointError: the tree is another one than was saved, or every checkpoint is damaged.
+          ValueError: a leaf has no sharding.
+        """
+        if not _complete_steps(self._last):
+            return None
+        targets = {name: _target(name, leaf) for name, leaf in named_leaves(abstract_state).items()}
+        target_tree = jax.tree.unflatten(jax.tree.structure(abstract_state), targets.values())
+
+        def read(step: int) -> Any:
+            seal = _agreed(lambda: _read_seal(self._last / str(step)))
+            _check_same_tree(seal["leaves"], targets, self._last / str(step))
+            return _agreed(lambda: _read_tree(self._last / str(step), target_tree, seal["leaves"]))
+
+        step, state, damaged = _newest_readable(self._last, read)
+        if jax.process_index() == 0:
+            for bad in damaged:
+                folder = self._last / str(bad)
+                (folder / SEAL_NAME).replace(folder / DAMAGED_NAME)
+        _wait_for_all("eqst damaged checkpoints set aside")
+        return step, state
+
+
+def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
+    """Loads a run's parameters on this machine, whatever machines it was trained on.
+
+    Needs neither the config file of the run nor its optimiser.
+
+    Args:
+      workdir: the run's folder; a run still in training may be read too.
+      which: "best" (by the metric given to `save_best`) or "last".
+
+    Raises:
+      CheckpointError: the folder is no run, has no such checkpoint, or all of them are damaged.
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f"which={which!r}: choose 'best' or 'last'")
+    card = read_card(workdir)
+    root = epath.Path(workdir) / "checkpoints" / which
+    if not _complete_steps(root):
+        other = "last" if which == "best" else "best"
+        has_other = bool(_complete_steps(root.parent / other))
+        way_out = f"which={other!r} has one" if has_other else "let it train for longer"
+        raise CheckpointError(
+            f"the run in {epath.Path(workdir)} has no {which} checkpoint: {way_out}"
+        )
+
+    def read(step: int) -> Any:
+        leaves = _read_seal(root / str(step))["leaves"]
+        wanted = {name: facts for name, facts in leaves.items() if name.startswith("params/")}
+        if not wanted:
+            raise CheckpointError(f"{root / str(step)} has no params: it is no training state")
+        targets = {
+            name: np.empty(facts["shape"], np.dtype(facts["dtype"]))
+            for name, facts in wanted.items()
+        }
+        return _read_tree(root / str(step), nested(targets), wanted, partial=True)
+
+    step, tree, _ = _newest_readable(root, read)
+    return Loaded(card, tree["params"], step)
+
+
+def export_weights(
+    workdir: str | os.PathLike[str],
+    path_stem: str | os.PathLike[str],
+    *,
+    which: str = "best",
+    dtype: str = "float32",
+) -> None:
+    """`load`, then `eqst.card.save_weights`: PATH_STEM.npz and PATH_STEM.json of a run."""
+    save_weights(load(workdir, which=which), path_stem, dtype=dtype)
+
+
+def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
+    if step < 0:
+        raise ValueError(f"step={step}: a step is 0 or more")
+    # A numpy scalar as a leaf would make Orbax raise in a thread and then wait for minutes.
+    tree = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree
+    )
+    leaves = {name: _facts(leaf) for name, leaf in named_leaves(tree).items()}
+    folder = root / str(step)
+    # Without a seal this is what an interrupted save or a damaged checkpoint left.
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
+    _wait_for_all(f"eqst may save {root.name} {step}")
+    _orbax().save(folder, tree, checkpointable_name="state")
+    if jax.process_index() == 0:
+        body = {"step": step, "metric": metric, "leaves": leaves}
+        seal = {"format_version": FORMAT_VERSION, "sha256": digest(to_json(body)), "body": body}
+        write_whole(folder / SEAL_NAME, to_json(seal))
+    _wait_for_all(f"eqst saved {root.name} {step}")
+
+
+def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
+    """Removes everything under `root` but the checkpoints of the steps to keep."""
+    if jax.process_index() != 0:
+        return
+    names = {str(step) for step in keep}
+    for folder in root.iterdir():
+        if folder.name not in names and folder.is_dir():
+            # First what makes it count: half a removed checkpoint is no checkpoint.
+            (folder / SEAL_NAME).unlink(missing_ok=True)
+            folder.rmtree()
+
+
+def _complete_steps(root: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, oldest first."""
+    if not root.is_dir():
+        return []
+    names = [folder.name for folder in root.iterdir() if folder.name.isdecimal()]
+    return sorted(int(name) for name in names if (root / name / SEAL_NAME).is_file())
+
+
+def _newest_readable(
+    root: epath.Path, read: Callable[[int], Any]
+) -> tuple[int, Any, dict[int, str]]:
+    """(step, tree, damaged) of the newest step that `read` does not find damaged."""
+    steps = _complete_steps(root)
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        try:
+            tree = read(step)
+        except _Damaged as error:
+            damaged[step] = str(error)
+            continue
+        if damaged:
+            found = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
+            _log.warning("damaged in %s: step %s; going on from step %d", root, found, step)
+        return step, tree, damaged
+    if _complete_steps(root) != steps:  # a training that is running has moved on meanwhile
+        return _newest_readable(root, read)
+    found = ", ".join(f"step {bad}: {why}" for bad, why in damaged.items())
+    raise CheckpointError(
+        f"no checkpoint in {root} can be read ({found}): restore it from a copy, "
+        "or move the folder away to start again"
+    )
+
+
+def _read_seal(folder: epath.Path) -> dict[str, Any]:
+    """What was recorded of a checkpoint: its step, metric and leaves."""
+    try:
+        seal = json.loads((folder / SEAL_NAME).read_text())
+        intact = seal["sha256"] == digest(to_json(seal["body"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _Damaged(f"{SEAL_NAME} cannot be read: {type(error).__name__}") from error
+    if not intact:
+        raise _Damaged(f"{SEAL_NAME} does not match its own checksum")
+    return seal["body"]
+
+
+def _read_tree(
+    folder: epath.Path, targets: Any, leaves: Mapping[str, Any], *, partial: bool = False
+) -> Any:
+    """Reads `targets` and verifies `leaves`; `partial`: the saved dict may have other keys."""
+    ocp = _orbax()
+    try:
+        if partial:
+            saved = ocp.metadata(folder, checkpointable_name="state").metadata
+            targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
+        tree = ocp.load(folder, targets, checkpointable_name="state")
+    except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+        raise _Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
+    found = named_leaves(tree)
+    for name, facts in leaves.items():
+        if _facts(found[name]) != facts:
+            raise _Damaged(f"{name} does not match its checksum")
+    return tree
+
+
+def _check_same_tree(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path
+) -> None:
+    """Refuses a state of another shape, which would look like damage further on."""
+
+    def shape_of(name: str) -> str:
+        return f"{saved[name]['dtype']}{saved[name]['shape']}"
+
+    differing = sorted(set(saved) ^ set(wanted)) or [
+        name
+        for name, leaf in wanted.items()
+        if [list(leaf.shape), str(leaf.dtype)] != [saved[name]["shape"], saved[name]["dtype"]]
+    ]
+    if differing:
+        name = differing[0]
+        there = shape_of(name) if name in saved else "absent"
+        here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
+        raise CheckpointError(
+            f"{folder} holds another model: {name} is {there} there and {here} here "
+            f"({len(differing)} such): use the run's own config, or another --workdir"
+        )
+
+
+def _target(name: str, leaf: Any) -> Any:
+    """What Orbax is to make of a leaf: an array with a sharding, or a numpy array."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return np.asarray(leaf)
+    if leaf.sharding is None:
+        raise ValueError(f"{name} has no sharding: set ShapeDtypeStruct(.., sharding=)")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _facts(leaf: Any) -> dict[str, Any]:
+    """Shape, dtype and content checksum of a leaf, as they stand in eqst.json."""
+    shape, dtype = list(leaf.shape), str(leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                raise ValueError(f"a leaf {dtype}{shape} is split over processes: copy it to all")
+            leaf = leaf.addressable_data(0)
+    return {"shape": shape, "dtype": dtype, "sha256": digest(np.asarray(leaf).tobytes())}
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """`read()`, damaged for all processes where it is for one: they must go on from one step."""
+    if jax.process_count() == 1:
+        return read()
+    from jax.experimental import multihost_utils
+
+    result, damage = None, None
+    try:
+        result = read()
+    except _Damaged as error:
+        damage = error
+    fine = multihost_utils.process_allgather(np.asarray(damage is None))
+    if damage is not None:
+        raise damage
+    if not np.all(fine):
+        raise _Damaged("another process cannot read it")
+    return result
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def _hold(folder: epath.Path) -> IO[str] | None:
+    """Locks a local folder until the file is closed or the process ends, however it ends."""
+    if "://" in os.fspath(folder):
+        return None  # buckets know no locks: there a launcher must see to it
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        # A POSIX lock is not inherited by forked workers, which may outlive a killed trainer.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise CheckpointError(
+            f"{folder} is in use by {holder or 'another process'}: "
+            "wait for it, stop it, or choose another --workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def _orbax() -> Any:
+    """Orbax's v1 API, under either of its names; its import takes a second, so only on use."""
+    try:
+        from orbax.checkpoint import v1
+    except ImportError:
+        from orbax.checkpoint.experimental import v1
+    return v1

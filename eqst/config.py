@@ -1,0 +1,374 @@
+"""Every setting, its default and its check: ConfigDict on the outside, frozen dataclasses within.
+
+A config file starts from `default()` and sets only what differs; `--config.key=value` changes
+single values; `validate` turns the result into frozen dataclasses, which is all the other modules
+ever see. The defaults stand once, in the dataclasses below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: one line with the key, the value, the bound."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where recordings come from and how pairs are made of them (design section 3)."""
+
+    # Any of "synthetic", "folder:PATH" and "tfds:NAME"; several are mixed with these weights.
+    sources: tuple[str, ...] = ("synthetic",)
+    source_weights: tuple[float, ...] = (1.0,)
+    # A CSV with the columns path, split and permissive, paths relative to the CSV's own folder.
+    # Empty: a folder's talkers are split by `dev_share`.
+    manifest: str = ""
+    permissive_only: bool = False
+    dev_share: float = 0.2
+    # Train talkers held out for the evaluation during training and for choosing: a share of them,
+    # or fold `fold` of `folds` (cross-validation). With neither, that evaluation is on the train
+    # talkers themselves and says so.
+    valid_share: float = 0.1
+    folds: int = 0
+    fold: int = 0
+    # Empty: $XDG_CACHE_HOME/eqst or ~/.cache/eqst.
+    cache_dir: str = ""
+    sample_rate: int = 44100
+    # Several lengths are taken in turn, batch by batch.
+    segment_seconds: tuple[float, ...] = (3.0,)
+    context_seconds: float = 1.5
+    # plain: the input is untouched; coloured: one random EQ on both first; mixed: half and half.
+    protocol: str = "mixed"
+    different_recordings: bool = False
+    min_loudness_lufs: float = -35.0
+    # host: audio filtered exactly in tf.data; exact: the same filter inside the jitted step;
+    # device: the STFT power is multiplied by |H|^2 in the step; pooled: the statistics of the
+    # segment are made once and moved by the EQ's band gains (for pooled features alone).
+    rendering: str = "device"
+    # tfdata: segments are read by tf.data; resident: the corpus lies in the device's memory.
+    pipeline: str = "resident"
+    # Augmentation, of both segments alike, before the EQ. The frequency axis is stretched by a
+    # factor log-uniform in 1 / warp .. warp.
+    warp: float = 1.0
+    # A share of pairs gets a smooth random curve of this deviation, as microphones have.
+    curve_share: float = 0.0
+    curve_db: float = 4.0
+    # A share of pairs gets a floor of coloured noise, so far under the loudest band's mean power.
+    noise_share: float = 0.0
+    noise_low_db: float = -75.0
+    noise_high_db: float = -25.0
+    synthetic_talkers: int = 240
+    synthetic_seconds: float = 30.0
+    synthetic_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """STFT and bands (design section 4)."""
+
+    # mel: [frames, mel bands]; pooled: statistics over time in narrow bands.
+    kind: str = "mel"
+    window: int = 2048
+    hop: int = 1024
+    mel_bands: int = 128
+    low_hz: float = 20.0
+    high_hz: float = 20000.0
+    scale: str = "db"  # linear | db
+    floor_db: float = -80.0
+    bands_per_octave: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Encoder, comparison, predictor and heads (design section 4)."""
+
+    # subtract and learned compare the CNN's latents of mel features; direct feeds the difference
+    # and the mean of two pooled statistics to the predictor.
+    comparison: str = "learned"
+    head: str = "grid"  # grid | continuous
+    channels: int = 20
+    # One convolution per entry; the mel axis is never strided.
+    kernel_time: tuple[int, ...] = (5, 3, 3)
+    kernel_mel: tuple[int, ...] = (5, 5, 5)
+    stride_time: tuple[int, ...] = (4, 2, 2)
+    hidden: int = 512
+    blocks: int = 2
+    dropout: float = 0.0
+    # Networks of one model whose predictions are averaged.
+    members: int = 1
+    bfloat16: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Weights of the objective's terms; 0 leaves a term out."""
+
+    parameters: float = 1.0
+    response: float = 1.0
+    # Among settings of equal shape, prefer the one with least gain.
+    gain: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The loop."""
+
+    batch_size: int = 64
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    log_every: int = 50
+    eval_every: int = 500
+    eval_pairs: int = 256
+    checkpoint_every: int = 500
+    devices: int = 0  # 0: all there are
+    # Start from the parameters of another workdir (its best checkpoint).
+    init_from: str = ""
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out pairs of `eqst.evaluate` (design section 5)."""
+
+    seconds: tuple[float, ...] = (1.0, 3.0, 10.0, 20.0)
+    pairs: int = 1000
+    tune_pairs: int = 1500
+    bootstrap: int = 1000
+    seed: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    eq_table: str = "paper"
+    data: Data = dataclasses.field(default_factory=Data)
+    features: Features = dataclasses.field(default_factory=Features)
+    model: Model = dataclasses.field(default_factory=Model)
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    train: Train = dataclasses.field(default_factory=Train)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+
+CHOICES = {
+    "eq_table": ("paper", "practical"),
+    "data.protocol": ("plain", "coloured", "mixed"),
+    "data.rendering": ("host", "exact", "device", "pooled"),
+    "data.pipeline": ("tfdata", "resident"),
+    "features.scale": ("linear", "db"),
+    "features.kind": ("mel", "pooled"),
+    "model.comparison": ("subtract", "learned", "direct"),
+    "model.head": ("grid", "continuous"),
+}
+
+# Inclusive bounds of numbers (each element, for a tuple).
+BOUNDS = {
+    "seed": (0, 2**31 - 1),
+    "data.source_weights": (0.0, math.inf),
+    "data.dev_share": (0.0, 0.9),
+    "data.valid_share": (0.0, 0.9),
+    "data.folds": (0, 100),
+    "data.fold": (0, 99),
+    "data.sample_rate": (8000, 192000),
+    "data.segment_seconds": (0.5, 60.0),
+    "data.context_seconds": (0.0, 10.0),
+    "data.min_loudness_lufs": (-70.0, 0.0),
+    "data.warp": (1.0, 2.0),
+    "data.curve_share": (0.0, 1.0),
+    "data.curve_db": (0.0, 40.0),
+    "data.noise_share": (0.0, 1.0),
+    "data.noise_low_db": (-200.0, 0.0),
+    "data.noise_high_db": (-200.0, 0.0),
+    "data.synthetic_talkers": (2, 1_000_000),
+    "data.synthetic_seconds": (5.0, 600.0),
+    "data.synthetic_seed": (0, 2**31 - 1),
+    "features.window": (64, 65536),
+    "features.hop": (16, 65536),
+    "features.mel_bands": (8, 1024),
+    "features.low_hz": (0.0, 1000.0),
+    "features.high_hz": (1000.0, 96000.0),
+    "features.floor_db": (-200.0, -20.0),
+    "features.bands_per_octave": (1, 48),
+    "model.channels": (1, 1024),
+    "model.kernel_time": (1, 31),
+    "model.kernel_mel": (1, 31),
+    "model.stride_time": (1, 16),
+    "model.hidden": (4, 16384),
+    "model.blocks": (0, 64),
+    "model.dropout": (0.0, 0.9),
+    "model.members": (1, 64),
+    "loss.parameters": (0.0, 1e6),
+    "loss.response": (0.0, 1e6),
+    "loss.gain": (0.0, 1e6),
+    "train.batch_size": (1, 1_000_000),
+    "train.steps": (1, 2**31 - 1),
+    "train.learning_rate": (1e-9, 10.0),
+    "train.warmup_steps": (0, 2**31 - 1),
+    "train.weight_decay": (0.0, 10.0),
+    "train.clip_norm": (1e-6, 1e9),
+    "train.ema_decay": (0.0, 0.999999),
+    "train.log_every": (1, 2**31 - 1),
+    "train.eval_every": (1, 2**31 - 1),
+    "train.eval_pairs": (1, 1_000_000),
+    "train.checkpoint_every": (1, 2**31 - 1),
+    "train.devices": (0, 1_000_000),
+    "evaluation.seconds": (0.5, 60.0),
+    "evaluation.pairs": (4, 1_000_000),
+    "evaluation.tune_pairs": (16, 1_000_000),
+    "evaluation.bootstrap": (10, 100_000),
+    "evaluation.seed": (0, 2**31 - 1),
+}
+
+
+def default() -> config_dict.ConfigDict:
+    """All settings at their defaults, locked against unknown keys."""
+    return _to_config_dict(Config())
+
+
+def _to_config_dict(config: Config) -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(dataclasses.asdict(config), type_safe=True).lock()
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain nested dicts, lists and numbers (for JSON)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Settings read back from a run's card.
+
+    Args:
+      values: nested dict as made by `as_dict`, perhaps through JSON (lists for tuples).
+
+    Raises:
+      ConfigError: a key is missing or unknown, or a value has the wrong type or range.
+    """
+    return typing.cast(Config, _check(_build(Config, values, "")))
+
+
+def validate(config: config_dict.ConfigDict) -> Config:
+    """The frozen, checked form of a ConfigDict.
+
+    Raises:
+      ConfigError: in one line, the key, its value and what would be allowed.
+    """
+    return from_dict(config.to_dict())
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {prefix[:-1]} is {values!r}, not a group of settings")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"config: no setting {prefix}{key}; there are {', '.join(fields)}")
+    built = {}
+    for name in fields:
+        if name not in values:
+            raise ConfigError(f"config: setting {prefix}{name} is missing")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            built[name] = _build(typing.cast(type, hint), values[name], f"{prefix}{name}.")
+        else:
+            built[name] = _cast(hint, values[name], f"{prefix}{name}")
+    return kind(**built)
+
+
+def _cast(hint: Any, value: Any, key: str) -> Any:
+    """`value` as type `hint`; ints pass as floats, lists as tuples, nothing else is converted."""
+    if isinstance(hint, types.GenericAlias):
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"config: {key} is {value!r}; it takes a tuple of {item.__name__}")
+        return tuple(_cast(item, element, key) for element in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"config: {key} is {value!r}; it takes a {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"config: {key} is {value!r}; it takes a finite number")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"config: {message}")
+
+
+def _check(config: Config) -> Config:
+    flat = {
+        f"{group}.{key}" if group else key: value
+        for group, part in [("", vars(config))]
+        + [
+            (name, vars(value))
+            for name, value in vars(config).items()
+            if hasattr(value, "__dict__")
+        ]
+        for key, value in part.items()
+    }
+    for key, allowed in CHOICES.items():
+        _require(flat[key] in allowed, f"{key} is {flat[key]!r}; choose {' or '.join(allowed)}")
+    for key, (low, high) in BOUNDS.items():
+        values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+        _require(len(values) > 0, f"{key} is empty; it takes at least one value")
+        for value in values:
+            _require(low <= value <= high, f"{key} is {value}; it lies between {low} and {high}")
+    data, model, features = config.data, config.model, config.features
+    _require(len(data.sources) > 0, "data.sources is empty; name at least one source")
+    for source in data.sources:
+        known = source == "synthetic" or source.startswith(("folder:", "tfds:"))
+        _require(known, f"source {source!r} is not synthetic, folder:PATH or tfds:NAME")
+    _require(
+        len(data.source_weights) == len(data.sources) and sum(data.source_weights) > 0,
+        f"data.source_weights has {len(data.source_weights)} values for {len(data.sources)} "
+        "sources; give one each, not all 0",
+    )
+    _require(
+        data.folds == 0 or (data.folds > 1 and data.fold < data.folds),
+        f"data.fold is {data.fold} of {data.folds} folds; take 2 folds or more and fold < folds",
+    )
+    _require(
+        features.window % features.hop == 0,
+        f"features.hop is {features.hop}; it has to divide features.window ({features.window})",
+    )
+    _require(
+        len(model.kernel_time) == len(model.kernel_mel) == len(model.stride_time),
+        "model.kernel_time, kernel_mel and stride_time differ in length",
+    )
+    _require(
+        features.kind == "pooled" or data.rendering != "pooled",
+        "data.rendering 'pooled' needs features.kind 'pooled'",
+    )
+    _require(
+        (features.kind == "pooled") == (model.comparison == "direct"),
+        f"model.comparison {model.comparison!r} does not go with features.kind {features.kind!r}",
+    )
+    _require(
+        data.pipeline == "resident" or data.rendering in ("host", "device"),
+        f"data.pipeline 'tfdata' renders on 'host' or 'device', not {data.rendering!r}",
+    )
+    _require(
+        data.pipeline == "tfdata" or data.rendering != "host",
+        "data.rendering 'host' needs data.pipeline 'tfdata'",
+    )
+    _require(
+        (data.warp == 1.0 and data.curve_share == data.noise_share == 0.0)
+        or data.rendering in ("device", "pooled"),
+        "data.warp, curve_share and noise_share need data.rendering 'device' or 'pooled', "
+        f"not {data.rendering!r}",
+    )
+    _require(config.loss.parameters + config.loss.response > 0, "both loss weights are 0")
+    return config

@@ -1,0 +1,439 @@
+"""Held-out error beside the baselines: `python -m eqst.evaluate --workdir=DIR --output=DIR`.
+
+Fixed, seeded pairs of talkers that were not trained on, for each protocol and length, on audio
+filtered exactly (design section 5). Every method gets the same pairs. Writes results.json,
+table.txt and error_seconds.png.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from eqst import baselines, card, checkpoint, corpus, eq, metrics, observe, pairs, predictor, report
+from eqst.config import Config, Data, from_dict
+from eqst.evidence import Evidence, evidence, stack
+from eqst.files import check_target, write_json, write_text
+
+PROTOCOLS = ("plain", "coloured")
+CHUNK = 8
+AUDIO_PAIRS = 200
+
+
+class Run(NamedTuple):
+    """A trained predictor with its settings."""
+
+    config: Config
+    params: predictor.Params
+    normalisation: predictor.Normalisation
+    step: int
+    commit: str
+
+
+def open_run(workdir: str | os.PathLike[str], which: str = "best") -> Run:
+    """A run's predictor from its folder, whatever machines it was trained on."""
+    loaded = checkpoint.load(workdir, which=which)
+    return from_loaded(loaded)
+
+
+def from_loaded(loaded: card.Loaded) -> Run:
+    """The same from anything that was loaded (a run's checkpoint or packaged weights)."""
+    normalisation = predictor.Normalisation(**loaded.params["normalisation"])
+    config = from_dict(loaded.card["config"])
+    return Run(config, loaded.params["network"], normalisation, loaded.step, loaded.card["commit"])
+
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """What every method gets of n pairs, and the truth.
+
+    Attributes:
+      input, reference, plain_reference: evidence, [n, M]; the last without the label's EQ.
+      predicted: the model's settings [n, K], or None where no model was asked.
+      unit_nKP: the true settings in the unit cube.
+      talker_n: recording numbers.
+      audio: some of the rendered (input, reference) pairs, for the audio measures.
+    """
+
+    input: Evidence
+    reference: Evidence
+    plain_reference: Evidence
+    predicted: eq.EqParams | None
+    unit_nKP: np.ndarray
+    talker_n: np.ndarray
+    audio: list[tuple[np.ndarray, np.ndarray]]
+
+
+def rendered_chunks(
+    config: Config,
+    recordings: corpus.Corpus,
+    *,
+    seconds: float,
+    protocol: str,
+    count: int,
+    seed: int,
+) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Pairs 0 .. count - 1 of this seed, recordings in turn, in chunks of `CHUNK`.
+
+    Yields:
+      the plans, and audio [CHUNK, T]: input, reference, and the reference without the label's EQ.
+    """
+    data, rate = config.data, recordings.sample_rate
+    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+    draw = jax.jit(jax.vmap(lambda k: pairs.draw(seed, k, index, protocol=protocol, turn=True)))
+    render_one = functools.partial(
+        pairs.render,
+        table=eq.table(config.eq_table),
+        protocol=protocol,
+        sample_rate=rate,
+        context=round(data.context_seconds * rate),
+    )
+
+    @jax.jit
+    @jax.vmap
+    def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan):
+        flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
+        heard_T, reference_eq_T = render_one(input_T, reference_T, plan)
+        return heard_T, reference_eq_T, render_one(input_T, reference_T, flat)[1]
+
+    for begin in range(0, count, CHUNK):
+        plan = jax.tree.map(np.asarray, draw(np.arange(begin, begin + CHUNK)))
+        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
+        yield plan, jax.tree.map(np.asarray, render(*audio, plan))
+
+
+def _listen(items: list[np.ndarray], sample_rate: int) -> list[Evidence]:
+    """Evidence of several segments, on all cores (the FFTs leave Python's lock)."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda samples_T: evidence(samples_T, sample_rate), items))
+
+
+def run_trial(
+    run: Run,
+    recordings: corpus.Corpus,
+    *,
+    seconds: float,
+    protocol: str,
+    count: int,
+    seed: int,
+    ask_model: bool,
+    keep_audio: int = 0,
+) -> Trial:
+    """Renders the pairs, takes the evidence of the baselines, and asks the model."""
+    predict = jax.jit(
+        jax.vmap(
+            functools.partial(predictor.predict_audio, run.config, run.params, run.normalisation)
+        )
+    )
+    found: list[list[Evidence]] = [[], [], []]
+    answers, labels, talkers, audio = [], [], [], []
+    for plan, sounds in rendered_chunks(
+        run.config, recordings, seconds=seconds, protocol=protocol, count=count, seed=seed
+    ):
+        for mine, sound_BT in zip(found, sounds, strict=True):
+            mine += _listen(list(sound_BT), recordings.sample_rate)
+        if ask_model:
+            answers.append(jax.tree.map(np.asarray, predict(sounds[0], sounds[1])))
+        labels.append(plan.label_KP)
+        talkers.append(plan.input_recording)
+        for input_T, reference_T in zip(sounds[0], sounds[1], strict=True):
+            if len(audio) < keep_audio:
+                audio.append((input_T, reference_T))
+    predicted = None
+    if ask_model:
+        predicted = eq.EqParams(*(np.concatenate(x)[:count] for x in zip(*answers, strict=True)))
+    return Trial(
+        *(stack(mine[:count]) for mine in found),
+        predicted,
+        np.concatenate(labels)[:count],
+        np.concatenate(talkers)[:count],
+        audio,
+    )
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _figures(
+    answer: baselines.Prediction, true: eq.EqParams, talker_n: np.ndarray, run: Run
+) -> dict[str, Any]:
+    """All response and parameter figures of one method."""
+    rate, spec = run.config.data.sample_rate, run.config.evaluation
+    true_nF = baselines.settings_curve(true, rate)
+    errors = metrics.curve_errors(answer.curve_db_nF, true_nF)
+    figures: dict[str, Any] = {
+        name: metrics.summarise(values, talker_n, spec.seed, resamples=spec.bootstrap)._asdict()
+        for name, values in errors.items()
+    }
+    shares = metrics.shares_within(errors["shape_rmse_db"])
+    figures["share_within_db"] = {f"{bound:g}": share for bound, share in shares.items()}
+    if answer.params is not None:
+        for name, values_nK in metrics.parameter_errors(answer.params, true).items():
+            with np.errstate(invalid="ignore"):
+                figures[f"{name}_error"] = float(np.nanmean(values_nK))
+    for name, values_n in answer.extra.items():
+        if name == "ess":
+            figures["ess_p10"] = float(np.percentile(values_n, 10))
+    return figures
+
+
+def _audio_figures(
+    trial: Trial, methods: dict[str, baselines.Prediction], true: eq.EqParams, run: Run
+) -> dict[str, Any]:
+    """Against the truly equalised input: what a listener would compare."""
+    rate = run.config.data.sample_rate
+    filter_one = jax.jit(
+        lambda x, params: pairs.filter_circular(
+            jnp.pad(x, (rate, 0)), params, sample_rate=rate, context=rate
+        )
+    )
+
+    def equalised(i: int, params: eq.EqParams) -> np.ndarray:
+        settings = eq.EqParams(*(jnp.asarray(x[i], jnp.float32) for x in params))
+        return np.asarray(filter_one(trial.audio[i][0], settings), np.float64)
+
+    out: dict[str, Any] = {}
+    targets = [equalised(i, true) for i in range(len(trial.audio))]
+    for name, answer in methods.items():
+        if answer.params is None or name not in ("model", "do_nothing", "ltas_shrunk", "bayes"):
+            continue
+        rows = []
+        for i, target_T in enumerate(targets):
+            guess_T = equalised(i, answer.params)
+            guess_T = guess_T * np.sqrt(np.mean(target_T**2) / max(np.mean(guess_T**2), 1e-20))
+            rows.append(
+                (
+                    metrics.stft_distance(guess_T, target_T, rate),
+                    metrics.mel_distance_db(guess_T, target_T, rate),
+                    abs(metrics.centroid_difference_hz(guess_T, target_T, rate)),
+                )
+            )
+        names = ("stft_distance", "mel_distance_db", "centroid_error_hz")
+        out[name] = dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
+    return out
+
+
+def properties(run: Run, trial: Trial) -> dict[str, float]:
+    """Identity, swap and level on some of the trial's audio; root mean squares of curves in dB."""
+    rate = run.config.data.sample_rate
+    predict = jax.jit(
+        functools.partial(predictor.predict_audio, run.config, run.params, run.normalisation)
+    )
+
+    def curve(input_T: np.ndarray, reference_T: np.ndarray) -> np.ndarray:
+        params = eq.EqParams(*(np.asarray(x)[None] for x in predict(input_T, reference_T)))
+        return np.asarray(eq.remove_level(baselines.settings_curve(params, rate)))[0]
+
+    def rms(curves: list[np.ndarray]) -> float:
+        return float(np.sqrt(np.mean(np.square(curves))))
+
+    there = [curve(a, b) for a, b in trial.audio]
+    back = [curve(b, a) for a, b in trial.audio]
+    same = [curve(a, a) for a, _ in trial.audio]
+    louder = [curve(10.0 * a, 0.1 * b) for a, b in trial.audio]
+    return {
+        "pairs": len(trial.audio),
+        "prediction_rms_db": rms(there),
+        "identity_rms_db": rms(same),
+        "swap_sum_rms_db": rms([a + b for a, b in zip(there, back, strict=True)]),
+        "level_change_rms_db": rms([a - b for a, b in zip(there, louder, strict=True)]),
+    }
+
+
+def evaluate(
+    run: Run,
+    held_out: corpus.Corpus,
+    tuning: corpus.Corpus,
+    *,
+    with_baselines: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """All figures of a run.
+
+    Args:
+      run: the predictor.
+      held_out: recordings of talkers it was not trained on.
+      tuning: recordings of training talkers, on which the baselines are tuned, per length.
+      with_baselines: False asks the model alone (for ablations).
+      say: progress lines.
+
+    Returns:
+      {"figures": {protocol: {seconds: {method: figures}}}, "audio": .., "properties": ..}.
+    """
+    spec, rate = run.config.evaluation, run.config.data.sample_rate
+    table = eq.table(run.config.eq_table)
+    out: dict[str, Any] = {"figures": {}, "audio": {}, "tuned": {}}
+    jobs = [(protocol, seconds) for protocol in PROTOCOLS for seconds in spec.seconds]
+    began = time.monotonic()
+    for done, (protocol, seconds) in enumerate(jobs):
+        label = f"{seconds:g} s"
+        figures = out["figures"].setdefault(protocol, {})
+        least = observe.least_samples(run.config) / rate
+        try:
+            if seconds < least:
+                raise pairs.PairsError(f"this model needs {least:.2f} s at least")
+            trial = run_trial(
+                run,
+                held_out,
+                seconds=seconds,
+                protocol=protocol,
+                count=spec.pairs,
+                seed=spec.seed,
+                ask_model=True,
+                keep_audio=min(AUDIO_PAIRS, spec.pairs) if seconds == spec.seconds[0] else 0,
+            )
+        except pairs.PairsError as error:
+            say(f"{protocol} {label}: left out, {error}")
+            continue
+        true = eq.from_unit(table, trial.unit_nKP.astype(np.float64))
+        assert trial.predicted is not None
+        curve_nF = baselines.settings_curve(trial.predicted, rate)
+        methods = {"model": baselines.Prediction(curve_nF, trial.predicted, {})}
+        if with_baselines:
+            tuned = run_trial(
+                run,
+                tuning,
+                seconds=seconds,
+                protocol=protocol,
+                count=spec.tune_pairs,
+                seed=spec.seed + 1,
+                ask_model=False,
+            )
+            train_set = baselines.TrainSet(
+                tuned.input,
+                tuned.reference,
+                tuned.input,
+                tuned.plain_reference,
+                eq.from_unit(table, tuned.unit_nKP.astype(np.float64)),
+                tuned.talker_n,
+            )
+            fitted = baselines.fit(train_set, table=table, sample_rate=rate, seed=spec.seed)
+            out["tuned"].setdefault(protocol, {})[label] = fitted.choices
+            methods |= baselines.predict(
+                fitted, trial.input, trial.reference, table=table, sample_rate=rate, seed=spec.seed
+            )
+            methods |= baselines.oracle(true, table=table, sample_rate=rate)
+        figures[label] = {
+            "talkers": len(np.unique(trial.talker_n)),
+            "pairs": len(trial.talker_n),
+            **{
+                name: _figures(answer, true, trial.talker_n, run)
+                for name, answer in methods.items()
+            },
+        }
+        if trial.audio:
+            out["audio"][protocol] = _audio_figures(trial, methods, true, run)
+            out["properties"] = properties(run, trial._replace(audio=trial.audio[:50]))
+        left = (time.monotonic() - began) / (done + 1) * (len(jobs) - done - 1)
+        error = figures[label]["model"]["shape_rmse_db"]["mean"]
+        say(f"{protocol} {label}: shape error {error:.2f} dB; left {left / 60:.0f} min")
+    return out
+
+
+def select(run: Run, folder: str, manifest: str, split: str) -> tuple[Data, str]:
+    """Where held-out recordings come from: the run's own sources, or a folder of someone's.
+
+    A folder the run was trained on is used by its split; of another folder without a manifest
+    every talker is held out.
+    """
+    data = run.config.data
+    if not folder:
+        return data, split
+    source = f"folder:{folder}"
+    here = pathlib.Path(folder).expanduser().resolve()
+    trained = [
+        pathlib.Path(x[7:]).expanduser().resolve() for x in data.sources if x.startswith("folder:")
+    ]
+    own = manifest or (data.manifest if here in trained else "")
+    new = dataclasses.replace(data, sources=(source,), source_weights=(1.0,), manifest=own)
+    return new, split if (own or here in trained) else "all"
+
+
+def machine() -> str:
+    """This machine in a few words, for beside the figures."""
+    devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    return f"{platform.machine()}, {os.cpu_count()} cores, JAX on {devices}"
+
+
+def define_flags() -> None:
+    """The command's flags; called by its main alone, so that importing this module adds none."""
+    flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+    flags.DEFINE_string("output", None, "Folder for results.json, table.txt, error_seconds.png.")
+    flags.DEFINE_string("data", "", "Folder of held-out recordings; default: the run's own split.")
+    flags.DEFINE_string("manifest", "", "CSV (path, split) of --data; else all its talkers.")
+    flags.DEFINE_string("split", "dev", "dev, or valid (train talkers held out for choosing).")
+    flags.DEFINE_integer("pairs", 0, "Pairs per protocol and length; 0: the run's config.")
+    flags.DEFINE_list("seconds", [], "Segment lengths; default: the run's config.")
+    flags.DEFINE_bool("baselines", True, "Run the baselines beside the model.")
+    flags.DEFINE_bool("overwrite", False, "Replace results that are already there.")
+    flags.mark_flags_as_required(["workdir", "output"])
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    if len(argv) > 1:
+        sys.exit(f"eqst.evaluate: unexpected argument {argv[1]!r}")
+    options = flags.FLAGS
+    say = functools.partial(print, flush=True)
+    output = pathlib.Path(options.output)
+    try:
+        if options.split not in ("dev", "valid"):
+            raise ValueError(f"--split={options.split}: choose dev or valid")
+        output.mkdir(parents=True, exist_ok=True)
+        check_target(output / "results.json", overwrite=options.overwrite)
+        run = open_run(options.workdir)
+        spec = run.config.evaluation
+        if options.pairs:
+            spec = dataclasses.replace(spec, pairs=options.pairs)
+        if options.seconds:
+            spec = dataclasses.replace(spec, seconds=tuple(float(x) for x in options.seconds))
+        run = run._replace(config=dataclasses.replace(run.config, evaluation=spec))
+        data, split = select(run, options.data, options.manifest, options.split)
+        held_out = corpus.open_corpus(data, split, say)
+        tuned_on = data if (data.manifest or not options.data) else run.config.data
+        tuning = corpus.open_corpus(tuned_on, "train", say)
+        say(
+            f"{len(held_out.talker_R)} held-out recordings, {held_out.seconds() / 60:.1f} min; "
+            f"baselines tuned on {len(tuning.talker_R)} of {', '.join(tuned_on.sources)}"
+        )
+        results = evaluate(run, held_out, tuning, with_baselines=options.baselines, say=say)
+        results = {
+            "command": shlex.join(["python", "-m", "eqst.evaluate", *sys.argv[1:]]),
+            "commit": run.commit,
+            "step": run.step,
+            "machine": machine(),
+            "sources": list(data.sources),
+            "split": split,
+            "talkers": list(held_out.talker_R),
+            "baselines_tuned_on": list(tuned_on.sources),
+            **results,
+        }
+        write_json(output / "results.json", results)
+        text = report.table_text(results)
+        write_text(output / "table.txt", text)
+        say("\n" + text)
+        report.error_against_seconds(results, output / "error_seconds.png")
+        say(f"results: {output}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"eqst.evaluate: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

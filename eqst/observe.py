@@ -1,0 +1,180 @@
+"""What the network sees of a pair, for each way of rendering the EQ.
+
+`heard` starts from finished audio (host and exact rendering, evaluation, matching); `rendered`
+from dry audio, with the EQ put on the STFT power; `shifted` from pooled statistics made once.
+One pair each; vmapped at the edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqst import eq, features, pairs, pooled
+from eqst.config import Config, Data, Features
+
+
+def _powers(spec: Features, samples_T: jax.Array) -> tuple[jax.Array, ...]:
+    """STFT power, for each window the features need."""
+    sizes = pooled.windows(spec) if spec.kind == "pooled" else (spec.window,)
+    return tuple(
+        features.stft_power(samples_T, size, size * spec.hop // spec.window) for size in sizes
+    )
+
+
+def _summary(spec: Features, powers: tuple[jax.Array, ...], sample_rate: int) -> jax.Array:
+    if spec.kind == "pooled":
+        return pooled.levelled(pooled.pool(spec, pooled.band_power(spec, powers, sample_rate)))
+    return features.levelled(spec, features.mel_power(spec, powers[0], sample_rate))
+
+
+def heard(config: Config, samples_T: jax.Array) -> jax.Array:
+    """Features of one recording as it is: [N, M] mel frames or [S, M] pooled statistics.
+
+    Args:
+      samples_T: [T] mono at `config.data.sample_rate`, any level, T >= the longest window.
+    """
+    spec = config.features
+    return _summary(spec, _powers(spec, samples_T), config.data.sample_rate)
+
+
+def least_samples(config: Config) -> int:
+    """The shortest recording `heard` takes: its longest window."""
+    spec = config.features
+    return max(pooled.windows(spec)) if spec.kind == "pooled" else spec.window
+
+
+def _equalisers(config: Config, plan: pairs.Plan) -> tuple[eq.EqParams, eq.EqParams]:
+    """The EQs on the input (colour) and on the reference (colour and label)."""
+    table = eq.table(config.eq_table)
+    colour, label = eq.from_unit(table, plan.colour_KP), eq.from_unit(table, plan.label_KP)
+    return colour, pairs.concatenate(colour, label)
+
+
+class Augmentation(NamedTuple):
+    """What is done to both segments of a pair before the EQ.
+
+    Attributes:
+      warp: [] factor of the frequency axis.
+      curve_db: (position) -> dB to add; position is 0 at 34 Hz and 1 at the top, by octaves.
+      noise_db: (position) -> level of a noise floor against the loudest band's mean power.
+    """
+
+    warp: jax.Array
+    curve_db: Callable[[jax.Array], jax.Array]
+    noise_db: Callable[[jax.Array], jax.Array]
+
+
+# Deviations of the cosines that make up a smooth random curve, slow to fast, relative to the first.
+_COSINES = np.array([1.0, 1.0, 0.8, 0.6, 0.5, 0.4], np.float32)
+_NOISE_CURVE_DB, _NOISE_TILT_DB, _NO_NOISE_DB = 5.0, 10.0, -200.0
+
+
+def _smooth_curve(normal_6: jax.Array, position: jax.Array) -> jax.Array:
+    order_6 = jnp.arange(1, len(_COSINES) + 1)
+    waves = jnp.cos(jnp.pi * order_6 * position[..., None])
+    return jnp.sum(waves * normal_6 * _COSINES, axis=-1)
+
+
+def augmentation(data: Data, plan: pairs.Plan) -> Augmentation:
+    """The augmentation a plan's uniform numbers stand for under these settings."""
+    u = plan.augment_A
+    normal_A = jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1.0 - 1e-6))
+    warp = jnp.exp((2.0 * u[0] - 1.0) * np.log(data.warp))
+    with_curve, with_noise = u[1] < data.curve_share, u[2] < data.noise_share
+    level_db = data.noise_low_db + (data.noise_high_db - data.noise_low_db) * u[3]
+
+    def curve_db(position: jax.Array) -> jax.Array:
+        return jnp.where(with_curve, data.curve_db * _smooth_curve(normal_A[5:11], position), 0.0)
+
+    def noise_db(position: jax.Array) -> jax.Array:
+        shape_db = _NOISE_CURVE_DB * _smooth_curve(normal_A[11:17], position)
+        tilt_db = _NOISE_TILT_DB * normal_A[4] * (1.0 - 2.0 * position)
+        return jnp.where(with_noise, level_db + shape_db + tilt_db, _NO_NOISE_DB)
+
+    return Augmentation(warp, curve_db, noise_db)
+
+
+def _position(features_spec: Features, freq_hz: np.ndarray, sample_rate: int) -> jax.Array:
+    """Where frequencies lie between 34 Hz (0) and the top band (1), by octaves, clipped."""
+    top_hz = pooled.centres_hz(features_spec, sample_rate)[-1]
+    octaves = np.log2(np.maximum(freq_hz, 1.0) / pooled.LOW_HZ) / np.log2(top_hz / pooled.LOW_HZ)
+    return jnp.asarray(np.clip(octaves, 0.0, 1.0), jnp.float32)
+
+
+def _augments(data: Data) -> bool:
+    return data.warp > 1.0 or data.curve_share > 0.0 or data.noise_share > 0.0
+
+
+def rendered(
+    config: Config, input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Features of a pair from dry audio: augmentation and EQ on the STFT power.
+
+    Args:
+      input_T, reference_T: [T] dry segments.
+    """
+    spec, rate, data = config.features, config.data.sample_rate, config.data
+
+    change = augmentation(data, plan)
+
+    def one(samples_T: jax.Array, params: eq.EqParams) -> jax.Array:
+        powers = []
+        for power_NF in _powers(spec, samples_T):
+            if _augments(data):
+                freq_hz_F = np.linspace(0.0, rate / 2, power_NF.shape[-1])
+                where_F = _position(spec, freq_hz_F, rate)
+                power_NF = features.warp_bins(power_NF, change.warp)
+                power_NF = power_NF * 10.0 ** (change.curve_db(where_F) / 10.0)
+                peak = jnp.max(jnp.mean(power_NF, axis=0))
+                power_NF = power_NF + peak * 10.0 ** (change.noise_db(where_F) / 10.0)
+            powers.append(features.equalise_power(power_NF, params, rate))
+        return _summary(spec, tuple(powers), rate)
+
+    colour, both = _equalisers(config, plan)
+    return one(input_T, colour), one(reference_T, both)
+
+
+def shifted(
+    config: Config, input_SM: jax.Array, reference_SM: jax.Array, plan: pairs.Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Features of a pair from its segments' statistics without EQ, moved by the EQs' band gains.
+
+    Args:
+      input_SM, reference_SM: [S, M] from `statistics`.
+    """
+    spec, rate, data = config.features, config.data.sample_rate, config.data
+
+    change = augmentation(data, plan)
+    where_M = _position(spec, pooled.centres_hz(spec, rate), rate)
+
+    def one(stats_SM: jax.Array, params: eq.EqParams) -> jax.Array:
+        stats_SM = stats_SM.astype(jnp.float32)
+        if _augments(data):
+            stats_SM = pooled.warp(spec, stats_SM, change.warp) + change.curve_db(where_M)
+            noise_M = jnp.max(stats_SM[0]) + change.noise_db(where_M)
+            stats_SM = pooled.add_power_db(stats_SM, noise_M[None, :])
+        stats_SM = stats_SM + pooled.band_gain_db(spec, params, rate)[None, :]
+        stats_SM = pooled.add_power_db(stats_SM, _mean_power_db(stats_SM) + spec.floor_db)
+        return pooled.levelled(stats_SM)
+
+    colour, both = _equalisers(config, plan)
+    return one(input_SM, colour), one(reference_SM, both)
+
+
+def _mean_power_db(stats_SM: jax.Array) -> jax.Array:
+    """Level of the mean power over the bands."""
+    bands = stats_SM.shape[-1]
+    total = jax.nn.logsumexp(stats_SM[0] * (jnp.log(10.0) / 10.0))
+    return (total - jnp.log(1.0 * bands)) * (10.0 / jnp.log(10.0))
+
+
+def statistics(config: Config, samples_T: jax.Array) -> jax.Array:
+    """[S, M] statistics of a dry segment for `shifted`, level kept, floored 20 dB lower."""
+    spec = config.features
+    bands = pooled.band_power(spec, _powers(spec, samples_T), config.data.sample_rate)
+    return pooled.pool(spec, bands, extra_floor_db=-20.0)

@@ -1,0 +1,207 @@
+"""The Siamese predictor: encoder -> extracted latents -> comparison -> fed latents -> settings.
+
+The only importer of flax. Modules are Flax NNX inside; outside there are two pure functions,
+`init` (a plain tree of arrays) and `apply` (one pair of recordings, vmapped at the edge).
+Layer counts, kernels and widths of the paper are unknown: those here are ours (design section 4).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from eqst import eq, observe, pooled
+from eqst.config import Config
+
+Params = dict[str, Any]
+
+
+class Prediction(NamedTuple):
+    """What the network says of one pair.
+
+    Attributes:
+      unit_KP: [K, 3] settings in the unit cube (frequency, gain, Q).
+      logits: one [K, size] array per parameter (grid head), or () (continuous head).
+      extracted_input, extracted_reference: encoder's latents ([2560] at the standard size).
+      fed: the comparison's vector, what the MLP is fed.
+    """
+
+    unit_KP: jax.Array
+    logits: tuple[jax.Array, ...]
+    extracted_input: jax.Array
+    extracted_reference: jax.Array
+    fed: jax.Array
+
+
+class Normalisation(NamedTuple):
+    """Fixed affine map of the features, measured on train: (x - mean) / scale.
+
+    Each is [M] for mel frames, [S, M] for pooled statistics."""
+
+    mean: jax.Array
+    scale: jax.Array
+
+
+class _Encoder(nnx.Module):
+    """2-D CNN over (time, mel), strided in time alone, averaged over time."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        model = config.model
+        sizes = [1] + [model.channels] * len(model.stride_time)
+        dtype = jnp.bfloat16 if model.bfloat16 else jnp.float32
+        self.layers = nnx.List(
+            nnx.Conv(
+                sizes[i], sizes[i + 1], (time, mel), strides=(stride, 1), dtype=dtype, rngs=rngs
+            )
+            for i, (time, mel, stride) in enumerate(
+                zip(model.kernel_time, model.kernel_mel, model.stride_time, strict=True)
+            )
+        )
+
+    def __call__(self, x_NM: jax.Array) -> jax.Array:
+        x_NMC = x_NM[..., None]
+        for layer in self.layers:
+            x_NMC = jax.nn.leaky_relu(layer(x_NMC))
+        # [20, 128] in a row, channel after channel, as in the seed's figures.
+        return jnp.mean(x_NMC.astype(jnp.float32), axis=0).T.reshape(-1)
+
+
+class _Comparison(nnx.Module):
+    """The learned comparison: from both latents of a mel band to a signed vector of its size."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        channels = config.model.channels
+        self.channels = channels
+        self.first = nnx.Linear(2 * channels, 4 * channels, rngs=rngs)
+        self.second = nnx.Linear(4 * channels, channels, rngs=rngs)
+
+    def __call__(self, a_L: jax.Array, b_L: jax.Array) -> jax.Array:
+        both_MC = jnp.concatenate([x.reshape(self.channels, -1).T for x in (a_L, b_L)], axis=-1)
+        return self.second(jax.nn.leaky_relu(self.first(both_MC))).T.reshape(-1)
+
+
+class _Predictor(nnx.Module):
+    """Residual MLP and one linear head for all parameters."""
+
+    def __init__(self, config: Config, fed: int, outputs: int, rngs: nnx.Rngs):
+        model = config.model
+        self.enter = nnx.Linear(fed, model.hidden, rngs=rngs)
+        self.norms = nnx.List(nnx.LayerNorm(model.hidden, rngs=rngs) for _ in range(model.blocks))
+        self.blocks = nnx.List(
+            nnx.Linear(model.hidden, model.hidden, rngs=rngs) for _ in range(model.blocks)
+        )
+        self.head = nnx.Linear(
+            model.hidden, outputs, kernel_init=nnx.initializers.normal(1e-2), rngs=rngs
+        )
+        self.dropout = model.dropout
+
+    def __call__(self, fed: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_H = self.enter(fed)
+        for i, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+            y_H = block(jax.nn.gelu(norm(x_H)))
+            if key is not None and self.dropout > 0:
+                keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.dropout, y_H.shape)
+                y_H = jnp.where(keep, y_H / (1 - self.dropout), 0.0)
+            x_H = x_H + y_H
+        return self.head(jax.nn.gelu(x_H))
+
+
+class _Network(nnx.Module):
+    """Encoder, comparison and predictor of one variant."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        model, spec = config.model, config.features
+        outputs = 3 * len(eq.KINDS)
+        if model.head == "grid":
+            outputs = len(eq.KINDS) * sum(eq.grid_sizes(eq.table(config.eq_table)))
+        self.comparison_kind = model.comparison
+        if model.comparison == "direct":
+            bands = len(pooled.centres_hz(spec, config.data.sample_rate))
+            fed = 2 * (2 + len(pooled.QUANTILES)) * bands
+        else:
+            fed = model.channels * spec.mel_bands
+            self.encoder = _Encoder(config, rngs)
+        if model.comparison == "learned":
+            self.comparison = _Comparison(config, rngs)
+        self.predictor = _Predictor(config, fed, outputs, rngs)
+
+    def __call__(self, input_XM: jax.Array, reference_XM: jax.Array, key: jax.Array | None):
+        if self.comparison_kind == "direct":
+            a_L, b_L = input_XM.reshape(-1), reference_XM.reshape(-1)
+            fed = jnp.concatenate([b_L - a_L, (a_L + b_L) / 2])
+        else:
+            a_L, b_L = self.encoder(input_XM), self.encoder(reference_XM)
+            fed = b_L - a_L if self.comparison_kind == "subtract" else self.comparison(a_L, b_L)
+        return self.predictor(fed, key), a_L, b_L, fed
+
+
+@functools.cache
+def _structure(config: Config) -> Any:
+    """The network's graph without its arrays."""
+    abstract = nnx.eval_shape(lambda: _Network(config, nnx.Rngs(0)))
+    return nnx.split(abstract)[0]
+
+
+def init(config: Config, key: jax.Array) -> Params:
+    """Fresh parameters: a plain nested dict of float32 arrays."""
+    network = _Network(config, nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(network))
+
+
+def _decode(config: Config, outputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Head outputs -> unit cube; a grid head's expectation under its softmax (differentiable)."""
+    bands = len(eq.KINDS)
+    if config.model.head == "continuous":
+        return jax.nn.sigmoid(outputs).reshape(bands, 3), ()
+    table = eq.table(config.eq_table)
+    splits = np.cumsum(eq.grid_sizes(table))[:-1]
+    logits = tuple(jnp.split(outputs.reshape(bands, -1), splits, axis=-1))
+    unit = [
+        jnp.sum(jax.nn.softmax(logit, axis=-1) * jnp.asarray(grid, jnp.float32), axis=-1)
+        for logit, grid in zip(logits, eq.grid_units(table), strict=True)
+    ]
+    return jnp.stack(unit, axis=-1), logits
+
+
+def apply(
+    config: Config,
+    params: Params,
+    normalisation: Normalisation,
+    input_XM: jax.Array,
+    reference_XM: jax.Array,
+    key: jax.Array | None = None,
+) -> Prediction:
+    """Settings for one pair of feature arrays.
+
+    Args:
+      config: static.
+      params: from `init`.
+      normalisation: of the features.
+      input_XM, reference_XM: features from `observe`: [N, M] frames (any number) or [S, M] statistics.
+      key: for dropout while training; None afterwards.
+    """
+    network = nnx.merge(_structure(config), params)
+    input_XM, reference_XM = (
+        (x - normalisation.mean) / normalisation.scale for x in (input_XM, reference_XM)
+    )
+    outputs, a_L, b_L, fed = network(input_XM, reference_XM, key)
+    unit_KP, logits = _decode(config, outputs)
+    return Prediction(unit_KP, logits, a_L, b_L, fed)
+
+
+def predict_audio(
+    config: Config,
+    params: Params,
+    normalisation: Normalisation,
+    input_T: jax.Array,
+    reference_T: jax.Array,
+) -> eq.EqParams:
+    """Settings for two mono recordings at the model's rate, of any length and level."""
+    input_XM, reference_XM = observe.heard(config, input_T), observe.heard(config, reference_T)
+    prediction = apply(config, params, normalisation, input_XM, reference_XM)
+    return eq.from_unit(eq.table(config.eq_table), prediction.unit_KP)

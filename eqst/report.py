@@ -1,0 +1,83 @@
+"""Results as tables and pictures: what `evaluate` prints and draws, from its results.json alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from eqst.files import write_atomically
+
+# Order of tables and curves: results.json's name, label, colour (None: in the table alone).
+METHODS = (
+    ("model", "EQST", "#c1272d"),
+    ("do_nothing", "do nothing", "#888888"),
+    ("mean_setting", "mean setting", None),
+    ("ltas", "LTAS fit, plain", None),
+    ("ltas_shrunk", "LTAS fit, tuned", "#b8860b"),
+    ("ridge", "ridge", "#6a8f3c"),
+    ("wiener", "linear Bayes", None),
+    ("bayes", "Bayes", "#1f5fa8"),
+    ("bayes_blind", "Bayes, reference alone", "#7ba7d7"),
+    ("oracle_grid", "oracle, paper's grid", None),
+    ("oracle", "oracle fit", None),
+)
+
+
+def table_text(results: dict[str, Any]) -> str:
+    """Shape error of every method by protocol and length, with the interval of the mean."""
+    lines = []
+    for protocol, by_length in results["figures"].items():
+        lines.append(f"shape RMSE in dB, {protocol}".ljust(28) + _row(list(by_length)))
+        counts = [f"{x['pairs']} pairs, {x['talkers']} talkers" for x in by_length.values()]
+        lines.append(" " * 28 + _row(counts))
+        for name, label, _ in METHODS:
+            cells = []
+            for figures in by_length.values():
+                if name in figures:
+                    x = figures[name]["shape_rmse_db"]
+                    cells.append(f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})")
+            if cells:
+                lines.append(f"  {label}".ljust(28) + _row(cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return "".join(f"{cell:>24}" for cell in cells)
+
+
+def error_against_seconds(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws shape error against the length of both recordings, one panel per protocol.
+
+    Raises:
+      ValueError: matplotlib (the extra [report]) is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures need the extra: pip install 'eqst[report]'") from None
+    protocols = [name for name, by_length in results["figures"].items() if by_length]
+    figure = Figure(figsize=(4.6 * len(protocols), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+    for panel, protocol in zip(panels, protocols, strict=True):
+        by_length = results["figures"][protocol]
+        seconds = [float(label.split()[0]) for label in by_length]
+        for name, label, colour in METHODS:
+            rows = [
+                figures[name]["shape_rmse_db"] for figures in by_length.values() if name in figures
+            ]
+            if colour is None or len(rows) != len(seconds):
+                continue
+            mean = [row["mean"] for row in rows]
+            width = 2.4 if name == "model" else 1.4
+            panel.plot(seconds, mean, "o-", color=colour, lw=width, ms=4, label=label)
+            low, high = [row["low"] for row in rows], [row["high"] for row in rows]
+            panel.fill_between(seconds, low, high, color=colour, alpha=0.12, lw=0)
+        panel.set_xscale("log")
+        panel.set_xticks(seconds, [f"{x:g}" for x in seconds])
+        panel.minorticks_off()
+        panel.set(title=protocol, xlabel="seconds of input and of reference", ylim=(0, None))
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("shape RMSE (dB)")
+    panels[-1].legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))

@@ -1,0 +1,182 @@
+"""The corpus in the device's memory: cropping, EQ and features inside the training step.
+
+No tensorflow, and no host work per step but the example numbers. int16 samples of all recordings
+lie in a row; a segment is one dynamic slice. For the `pooled` rendering not even the samples are
+kept: each possible segment's statistics are measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqst import eq, observe, pairs
+from eqst.config import Config
+from eqst.corpus import Corpus
+
+
+class Resident(NamedTuple):
+    """What the step needs of the corpus, as device arrays (a plain tree).
+
+    Attributes:
+      indices: one `pairs.Index` per segment length.
+      samples_T: [total] int16 with room for context before and a segment after; or [0].
+      start_R, length_R: where a recording lies in it.
+      gain_R: factor to -23 LUFS.
+      banks: per length, [V, S, M] float16 statistics of the index's rows; or ().
+    """
+
+    indices: tuple[pairs.Index, ...]
+    samples_T: jax.Array
+    start_R: jax.Array
+    length_R: jax.Array
+    gain_R: jax.Array
+    banks: tuple[jax.Array, ...]
+
+
+def _margin(config: Config) -> int:
+    """Silent samples kept before the first recording and after the last."""
+    data = config.data
+    return round((max(data.segment_seconds) + data.context_seconds + 1.0) * data.sample_rate)
+
+
+def load(
+    config: Config,
+    corpus: Corpus,
+    indices: tuple[pairs.Index, ...],
+    progress: Callable[[str], None] = print,
+) -> Resident:
+    """Numpy arrays of everything the step needs; the caller puts them on the devices.
+
+    Raises:
+      ValueError: the corpus is too long for 32-bit positions (13.5 hours at 44.1 kHz).
+    """
+    if config.data.rendering == "pooled":
+        banks = tuple(
+            _bank(config, corpus, index, seconds, progress)
+            for index, seconds in zip(indices, config.data.segment_seconds, strict=True)
+        )
+        nothing = np.zeros(0, np.int32)
+        return Resident(indices, nothing.astype(np.int16), nothing, nothing, nothing, banks)
+    margin = _margin(config)
+    start_R = margin + np.concatenate([[0], np.cumsum(corpus.length_R)])
+    if start_R[-1] + margin >= 2**31:
+        hours = corpus.seconds() / 3600
+        raise ValueError(
+            f"{hours:.1f} h of audio do not fit the resident path's 32-bit positions; "
+            "train with --config.data.pipeline=tfdata"
+        )
+    samples_T = np.zeros(start_R[-1] + margin, np.int16)
+    for recording, start in enumerate(start_R[:-1]):
+        offset, length = int(corpus.start_R[recording]), int(corpus.length_R[recording])
+        store = corpus.samples[corpus.store_R[recording]]
+        samples_T[start : start + length] = store[offset : offset + length]
+    return Resident(
+        indices,
+        samples_T,
+        start_R[:-1].astype(np.int32),
+        corpus.length_R.astype(np.int32),
+        corpus.gain_R.astype(np.float32),
+        (),
+    )
+
+
+def _bank(
+    config: Config,
+    corpus: Corpus,
+    index: pairs.Index,
+    seconds: float,
+    progress: Callable[[str], None],
+) -> np.ndarray:
+    """[V, S, M] float16 statistics of every row of the index."""
+    rate, hop = corpus.sample_rate, pairs.hop_samples(corpus.sample_rate)
+    length, chunk = round(seconds * rate), 64
+    recording_V = np.repeat(index.recording_R, index.count_R)
+    rows = len(recording_V)
+    measure = jax.jit(jax.vmap(lambda samples_T: observe.statistics(config, samples_T)))
+    bank: np.ndarray | None = None
+    for begin in range(0, rows, chunk):
+        # The last chunk is filled up with its last row, so that one compilation serves all.
+        chosen = np.minimum(np.arange(begin, begin + chunk), rows - 1)
+        audio_BT = np.stack(
+            [
+                corpus.segment(int(recording_V[row]), int(index.hop_V[row]) * hop, length)
+                for row in chosen
+            ]
+        )
+        stats_BSM = np.asarray(measure(audio_BT), np.float16)
+        if bank is None:
+            bank = np.empty((rows, *stats_BSM.shape[1:]), np.float16)
+        bank[begin : begin + chunk] = stats_BSM[: rows - begin]
+        if begin // chunk % 100 == 99:
+            progress(f"statistics of {seconds:g} s segments: {begin + chunk} of {rows}")
+    assert bank is not None  # an index without rows is refused when it is built
+    return bank
+
+
+def crop(resident: Resident, recording: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """[length] float32 samples at -23 LUFS; zeros before the recording's start and after its end.
+
+    Args:
+      recording: [] its number.
+      start: [] in samples from the recording's start, negative for context before it.
+      length: static.
+    """
+    first = resident.start_R[recording] + start
+    samples_T = jax.lax.dynamic_slice(resident.samples_T, (first,), (length,))
+    position_T = start + jnp.arange(length)
+    inside_T = (position_T >= 0) & (position_T < resident.length_R[recording])
+    scaled_T = samples_T.astype(jnp.float32) * (resident.gain_R[recording] / 32768.0)
+    return jnp.where(inside_T, scaled_T, 0.0)
+
+
+def pair(
+    config: Config, resident: Resident, length_index: int, k: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Example k, from its number to what the network sees.
+
+    Args:
+      config: static.
+      resident: device arrays.
+      length_index: which segment length, static.
+      k: [] the example's number.
+
+    Returns:
+      features of the input and of the reference, and the label [K, 3] in the unit cube.
+    """
+    data, rate = config.data, config.data.sample_rate
+    plan = pairs.draw(
+        config.seed,
+        k,
+        resident.indices[length_index],
+        protocol=data.protocol,
+        different_recordings=data.different_recordings,
+    )
+    if data.rendering == "pooled":
+        bank = resident.banks[length_index]
+        seen = observe.shifted(config, bank[plan.input_row], bank[plan.reference_row], plan)
+        return *seen, plan.label_KP
+    context_seconds = data.context_seconds if data.rendering == "exact" else 0.0
+    context = round(context_seconds * rate)
+    length = context + round(data.segment_seconds[length_index] * rate)
+    hop = pairs.hop_samples(rate)
+    input_T = crop(resident, plan.input_recording, plan.input_hop * hop - context, length)
+    reference_T = crop(
+        resident, plan.reference_recording, plan.reference_hop * hop - context, length
+    )
+    if data.rendering == "device":
+        return *observe.rendered(config, input_T, reference_T, plan), plan.label_KP
+    input_T, reference_T = pairs.render(
+        input_T,
+        reference_T,
+        plan,
+        table=eq.table(config.eq_table),
+        protocol=data.protocol,
+        sample_rate=rate,
+        context=context,
+    )
+    return observe.heard(config, input_T), observe.heard(config, reference_T), plan.label_KP

@@ -1,0 +1,519 @@
+"""The training loop: `python -m eqst.train --config=FILE --workdir=DIR [--config.key=value]`.
+
+The same command again resumes exactly: example k is a pure function of (seed, k), dropout keys of
+(seed, step), and everything else is in the checkpoint. SIGTERM and SIGINT save and leave with exit
+code 75; a non-finite loss stops with the step and leaves the last good checkpoint as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from ml_collections import config_flags
+
+from eqst import checkpoint, corpus, eq, mesh, objective, observe, pairs, predictor, resident
+from eqst.card import CARD_NAME
+from eqst.config import Config, ConfigError, as_dict, from_dict, validate
+from eqst.files import write_text
+
+EXIT_INTERRUPTED = 75
+# Numbers of the examples the feature normalisation is measured on, out of training's reach.
+NORMALISATION_FIRST, NORMALISATION_PAIRS = 2**30, 512
+# Settings that may differ between two runs on one workdir without changing a result.
+FREE_KEYS = ("train.devices", "train.log_every", "train.tensorboard", "data.cache_dir")
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived and the state is saved."""
+
+
+class State(NamedTuple):
+    """All that training changes; a plain tree, saved whole."""
+
+    step: jax.Array
+    params: predictor.Params
+    opt_state: optax.OptState
+    ema: predictor.Params
+
+
+class Seen(NamedTuple):
+    """A batch as the network sees it: features of both recordings, and the label."""
+
+    input_BXM: jax.Array
+    reference_BXM: jax.Array
+    label_BKP: jax.Array
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Linear warm-up, then a cosine to 1 % of the peak."""
+    train = config.train
+    warmup = min(train.warmup_steps, train.steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, train.learning_rate, warmup, train.steps, 0.01 * train.learning_rate
+    )
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    """AdamW with clipped gradients; matrices alone are decayed."""
+    train = config.train
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            weight_decay=train.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+def init_state(config: Config, start: predictor.Params | None = None) -> State:
+    """The state before step 0: fresh parameters, or a copy of `start`."""
+    params = start
+    if params is None:
+        params = predictor.init(config, jax.random.key(config.seed))
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, optimiser(config).init(params), jax.tree.map(jnp.copy, params))
+
+
+def _batch_terms(
+    config: Config,
+    params: predictor.Params,
+    normalisation: predictor.Normalisation,
+    seen: Seen,
+    key: jax.Array | None,
+) -> objective.Terms:
+    """Terms of every pair, leaves [B]."""
+
+    def one(input_XM: jax.Array, reference_XM: jax.Array, label_KP: jax.Array, b: jax.Array):
+        own = None if key is None else jax.random.fold_in(key, b)
+        seen_as = predictor.apply(config, params, normalisation, input_XM, reference_XM, own)
+        return objective.pair_terms(config, seen_as, label_KP)
+
+    return jax.vmap(one)(*seen, jnp.arange(len(seen.label_BKP)))
+
+
+def train_step(
+    config: Config, state: State, normalisation: predictor.Normalisation, seen: Seen
+) -> tuple[State, objective.Terms]:
+    """One update. Pure; `config` is static. Returns the new state and the batch's mean terms."""
+    # A stream of its own, apart from the one that draws pairs.
+    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+
+    def loss(params: predictor.Params) -> tuple[jax.Array, objective.Terms]:
+        terms_B = _batch_terms(config, params, normalisation, seen, key)
+        terms = jax.tree.map(jnp.mean, terms_B)
+        return terms.loss, terms
+
+    (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    updates, opt_state = optimiser(config).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # The average starts short, so that early checkpoints are not the initial weights.
+    decay = jnp.minimum(config.train.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+    return State(state.step + 1, params, opt_state, ema), terms
+
+
+# --- where batches come from ---------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """Training examples: `stream(first step)` gives what `see` turns into features in the step.
+
+    Attributes:
+      stream: step -> iterator of trees, leaves sharded over the data axis.
+      see: (tree, constants, which length) -> Seen; traced inside the step.
+      constants: device arrays `see` needs (the resident corpus), replicated.
+    """
+
+    stream: Callable[[int], Iterator[Any]]
+    see: Callable[[Any, Any, int], Seen]
+    constants: Any
+
+
+def _numbers(config: Config, first: int, part: slice) -> np.ndarray:
+    """Example numbers of this process's slice of the batch at step `first`."""
+    size = config.train.batch_size
+    return (np.arange(size, dtype=np.int64)[part] + first * size).astype(np.int32)
+
+
+def make_source(
+    config: Config, recordings: corpus.Corpus, devices: jax.sharding.Mesh, say: Callable
+) -> Source:
+    """The source of the config: resident corpus or tf.data."""
+    data = config.data
+    indices = []
+    for seconds in data.segment_seconds:
+        index, skipped = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+        for line in skipped:
+            say(f"left out {line}")
+        indices.append(index)
+    part = mesh.process_slice(devices, config.train.batch_size)
+    copied = mesh.Shardings.of(devices).params
+    if data.pipeline == "resident":
+        constants = jax.device_put(resident.load(config, recordings, tuple(indices), say), copied)
+
+        def numbers(first: int) -> Iterator[Any]:
+            while True:
+                yield mesh.global_batch(devices, _numbers(config, first, part))
+                first += 1
+
+        def see_resident(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
+            return Seen(*jax.vmap(lambda k: resident.pair(config, held, which, k))(k_B))
+
+        return Source(numbers, see_resident, constants)
+    from eqst import data as tf_data
+
+    def batches(first: int) -> Iterator[Any]:
+        stream = tf_data.batches(config, recordings, tuple(indices), first=first, part=part)
+        return (mesh.global_batch(devices, batch) for batch in stream)
+
+    def see_batch(batch: Any, _: Any, which: int) -> Seen:
+        if data.rendering == "host":
+            hear = jax.vmap(functools.partial(observe.heard, config))
+            return Seen(hear(batch.input_BT), hear(batch.reference_BT), batch.plan.label_KP)
+        render = jax.vmap(functools.partial(observe.rendered, config))
+        seen = render(batch.input_BT, batch.reference_BT, batch.plan)
+        return Seen(*seen, batch.plan.label_KP)
+
+    return Source(batches, see_batch, ())
+
+
+def measure_normalisation(config: Config, source: Source) -> predictor.Normalisation:
+    """Mean and deviation of the features over fixed training pairs, per band (and statistic)."""
+    see = jax.jit(source.see, static_argnums=2)
+    first = NORMALISATION_FIRST // config.train.batch_size
+    first -= first % len(config.data.segment_seconds)
+    stream = source.stream(first)
+    count = max(1, NORMALISATION_PAIRS // config.train.batch_size)
+    lengths = len(config.data.segment_seconds)
+    axes = (0, 1) if config.features.kind == "mel" else (0,)
+    moments = []
+    for number in range(count):
+        seen = see(next(stream), source.constants, number % lengths)
+        both = [np.asarray(x, np.float64) for x in (seen.input_BXM, seen.reference_BXM)]
+        moments += [np.stack([x.mean(axes), np.square(x).mean(axes)]) for x in both]
+    mean, square = np.mean(moments, axis=0)
+    scale = np.sqrt(np.maximum(square - mean**2, 0.0)) + 1e-3
+    return predictor.Normalisation(mean.astype(np.float32), scale.astype(np.float32))
+
+
+# --- evaluation during training ------------------------------------------------------------------
+
+
+def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
+    """Features of fixed pairs of held-out train talkers, on exactly filtered audio."""
+    data = config.data
+    seconds, rate = data.segment_seconds[0], data.sample_rate
+    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+    take = jax.jit(
+        jax.vmap(lambda k: pairs.draw(config.seed + 2, k, index, protocol=data.protocol, turn=True))
+    )
+    table, context = eq.table(config.eq_table), round(data.context_seconds * rate)
+
+    def one(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
+        rendered = pairs.render(
+            input_T,
+            reference_T,
+            plan,
+            table=table,
+            protocol=data.protocol,
+            sample_rate=rate,
+            context=context,
+        )
+        return *(observe.heard(config, x) for x in rendered), plan.label_KP
+
+    hear = jax.jit(jax.vmap(one))
+    chunk, parts = 16, []
+    for begin in range(0, config.train.eval_pairs, chunk):
+        plan = jax.tree.map(np.asarray, take(np.arange(begin, begin + chunk)))
+        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
+        parts.append(jax.tree.map(np.asarray, hear(*audio, plan)))
+    joined = (np.concatenate(x)[: config.train.eval_pairs] for x in zip(*parts, strict=True))
+    return Seen(*joined)
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two configs, as 'key: old -> new'."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        path = f"{prefix}{key}"
+        a, b = old[key] if key in old else None, new[key] if key in new else None
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differing_keys(a, b, f"{path}.")
+        elif path not in FREE_KEYS and json.dumps(a) != json.dumps(b):
+            lines.append(f"{path}: {a} -> {b}")
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+class Record:
+    """metrics.jsonl of a run, TensorBoard if asked for, and the progress line."""
+
+    def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool, say: Callable):
+        self._path = workdir / "metrics.jsonl"
+        self._say = say
+        if self._path.exists():
+            # Lines past the checkpoint will be written again.
+            kept = [
+                line
+                for line in self._path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            write_text(self._path, "".join(f"{line}\n" for line in kept), overwrite=True)
+        self._board = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ConfigError(
+                    "config: train.tensorboard needs the extra: pip install 'eqst[tensorboard]'"
+                ) from None
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        self._say(text)
+
+
+class _Signals:
+    """Remembers SIGTERM and SIGINT; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None] = print) -> State:
+    """Trains, or goes on where the workdir's newest checkpoint is.
+
+    Args:
+      config: checked settings.
+      workdir: the run's folder; its only state.
+      say: called with each line of progress.
+
+    Returns:
+      the final state.
+
+    Raises:
+      ConfigError: the workdir belongs to a run with other settings.
+      FloatingPointError: the loss is not finite; the message has the step.
+      Interrupted: SIGTERM or SIGINT; everything is saved.
+    """
+    workdir = pathlib.Path(workdir)
+    if (workdir / CARD_NAME).exists():
+        old = checkpoint.read_card(workdir)["config"]
+        changed = differing_keys(old, json.loads(json.dumps(as_dict(config))))
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
+                "take them back or choose another --workdir"
+            )
+    with checkpoint.Checkpoints(workdir) as saved, _Signals() as signals:
+        return _run(config, workdir, saved, signals, say)
+
+
+def _run(
+    config: Config,
+    workdir: pathlib.Path,
+    saved: checkpoint.Checkpoints,
+    signals: _Signals,
+    say: Callable[[str], None],
+) -> State:
+    devices = mesh.make_mesh(config.train.devices or None)
+    rules = mesh.Shardings.of(devices)
+    # Refuses a batch that does not divide by the devices before any work is done.
+    mesh.process_slice(devices, config.train.batch_size)
+    start = None
+    if config.train.init_from:
+        start = checkpoint.load(config.train.init_from, which="best").params["network"]
+    make_state = jax.jit(functools.partial(init_state, config, start), out_shardings=rules.params)
+    resumed = _restore(config, saved, make_state, rules)
+    if resumed is not None:
+        state, normalisation = resumed
+        say(f"resumed at step {int(state.step)} of {config.train.steps}")
+        if int(state.step) >= config.train.steps:
+            say(f"finished: {workdir}")
+            return state
+    recordings = corpus.open_corpus(config.data, "train", say)
+    say(
+        f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min; "
+        f"{devices.size} {devices.devices.flat[0].platform} device(s)"
+    )
+    source = make_source(config, recordings, devices, say)
+    if resumed is None:
+        normalisation = measure_normalisation(config, source)
+        facts = {name: np.asarray(x).tolist() for name, x in normalisation._asdict().items()}
+        table = dataclasses.asdict(eq.table(config.eq_table))
+        card = {"config": as_dict(config), "normalisation": facts, "band_table": table}
+        checkpoint.write_card(workdir, card)
+        state, normalisation = make_state(), jax.device_put(normalisation, rules.params)
+        saved.save(0, _saved_tree(state, normalisation))
+    held_out = config.data.valid_share > 0 or config.data.folds > 0
+    valid = valid_pairs(config, corpus.open_corpus(config.data, "valid", say))
+    valid = jax.device_put(valid, rules.params)
+    say(f"valid: {len(valid.label_BKP)} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
+    record = Record(workdir, int(state.step), config.train.tensorboard, say)
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    say(f"network: {count:,} parameters")
+
+    @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
+    def step_once(state: State, normalisation: Any, batch: Any, constants: Any, which: int):
+        return train_step(config, state, normalisation, source.see(batch, constants, which))
+
+    @jax.jit
+    def evaluate(params: predictor.Params, normalisation: Any, seen: Seen) -> jax.Array:
+        return jnp.mean(_batch_terms(config, params, normalisation, seen, None).shape_db)
+
+    name = "valid_shape_db" if held_out else "train_exact_shape_db"
+    stream = source.stream(int(state.step))
+    pending: list[tuple[int, objective.Terms]] = []
+    waited, since, done_since = 0.0, time.monotonic(), 0
+    began, first_step = time.monotonic(), int(state.step)
+    for step in range(int(state.step), config.train.steps):
+        before = time.monotonic()
+        batch = next(stream)
+        waited += time.monotonic() - before
+        which = step % len(config.data.segment_seconds)
+        state, terms = step_once(state, normalisation, batch, source.constants, which)
+        # The step before is read while this one runs.
+        if pending:
+            _check_finite(*pending[-1])
+        pending.append((step, terms))
+        done = step + 1
+        done_since += 1
+        last = done == config.train.steps
+        if done % config.train.log_every == 0 or last:
+            _check_finite(step, terms)
+            means = jax.tree.map(lambda *x: float(np.mean(x)), *(terms for _, terms in pending))
+            now = time.monotonic()
+            rate = done_since * config.train.batch_size / (now - since)
+            left = (config.train.steps - done) * (now - began) / (done - first_step)
+            share = waited / (now - since)
+            values = {**means._asdict(), "learning_rate": float(learning_rate(config)(step))}
+            record.write(done, {**values, "pairs_per_s": rate, "input_wait": share})
+            record.say(
+                f"step {done}/{config.train.steps}  loss {means.loss:.3f}  shape "
+                f"{means.shape_db:.3f} dB  {rate:,.0f} pairs/s  input wait {share:.0%}  "
+                f"left {_clock(left)}"
+            )
+            pending, waited, since, done_since = [], 0.0, now, 0
+        if done % config.train.eval_every == 0 or last:
+            _check_finite(step, terms)
+            error = float(evaluate(state.ema, normalisation, valid))
+            record.write(done, {name: error})
+            record.say(f"step {done}  {name} {error:.3f}")
+            saved.save_best(done, _saved_tree(state, normalisation)["params"], error)
+        if done % config.train.checkpoint_every == 0 or last or signals.received:
+            _check_finite(step, terms)
+            saved.save(done, _saved_tree(state, normalisation))
+        if signals.received and not last:
+            raise Interrupted(f"{signals.received}: saved at step {done}; the same command resumes")
+    say(f"finished: {workdir}")
+    return state
+
+
+def _saved_tree(state: State, normalisation: predictor.Normalisation) -> dict[str, Any]:
+    """What a checkpoint holds; `params` is what `checkpoint.load` finds in it."""
+    params = {"network": state.ema, "normalisation": normalisation._asdict()}
+    return {"params": params, "state": state._replace(ema={})}
+
+
+def _restore(
+    config: Config, saved: checkpoint.Checkpoints, make_state: Callable, rules: mesh.Shardings
+) -> tuple[State, predictor.Normalisation] | None:
+    """The newest intact checkpoint, or None."""
+    state = jax.eval_shape(make_state)
+    samples = round(max(config.data.segment_seconds) * config.data.sample_rate)
+    seen = jax.eval_shape(
+        functools.partial(observe.heard, config), jax.ShapeDtypeStruct((samples,), jnp.float32)
+    )
+    shape = seen.shape[1:] if config.features.kind == "mel" else seen.shape
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.params),
+        _saved_tree(state, predictor.Normalisation(leaf, leaf)),
+    )
+    found = saved.restore(abstract)
+    if found is None:
+        return None
+    _, tree = found
+    normalisation = predictor.Normalisation(**tree["params"]["normalisation"])
+    return tree["state"]._replace(ema=tree["params"]["network"]), normalisation
+
+
+def _check_finite(step: int, terms: objective.Terms) -> None:
+    loss = float(terms.loss)
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"loss is {loss} at step {step}; the last checkpoint is from before it; "
+            "lower train.learning_rate or train.clip_norm"
+        )
+
+
+def define_flags() -> None:
+    """The command's flags; called by its main alone, so that importing this module adds none."""
+    config_flags.DEFINE_config_file("config", None, "Config file; --config.key=value changes it.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; the same folder resumes.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    if len(argv) > 1:
+        sys.exit(f"eqst.train: unexpected argument {argv[1]!r}; settings are --config.key=value")
+    try:
+        train(
+            validate(flags.FLAGS.config), flags.FLAGS.workdir, lambda line: print(line, flush=True)
+        )
+    except Interrupted as event:
+        print(event, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        sys.exit(f"eqst.train: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
