@@ -3,8 +3,10 @@
 python -m eqst.train --config=configs/smoke.py --workdir=runs/smoke
 """
 
-from configs import pooled
+import pathlib
+import runpy
 
 
 def get_config():
-    return pooled.get_config()
+    """Those of the file beside this one, wherever the command is started."""
+    return runpy.run_path(str(pathlib.Path(__file__).with_name("pooled.py")))["get_config"]()

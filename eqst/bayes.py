@@ -169,24 +169,27 @@ def _propose(key, unit, other_unit) -> tuple[jax.Array, jax.Array]:
     draw = jax.random.uniform(key, (walkers, 2 * bands * parameters + 6), minval=1e-12)
     jitter, mask = (
         draw[:, i * bands * parameters : (i + 1) * bands * parameters].reshape(
-            walkers, bands, parameters
+            1, walkers, bands, parameters
         )
         for i in range(2)
     )
-    kind, which, length, chance, pick, partner = (d[:, None, None] for d in draw.T[-6:])
-    first = (pick[:, 0, 0] * walkers).astype(jnp.int32)
-    second = (first + 1 + (partner[:, 0, 0] * (walkers - 1)).astype(jnp.int32)) % walkers
+    kind, which, length, pick, partner = (
+        draw[:, -i].reshape(1, walkers, 1, 1) for i in range(1, 6)
+    )
+    first = (pick.ravel() * walkers).astype(jnp.int32)
+    second = (first + 1 + (partner.ravel() * (walkers - 1)).astype(jnp.int32)) % walkers
     # which parameters move: all (30 %), those of one band (45 %), or a random half of them
-    one_band = jnp.arange(bands)[None, :, None] == (which * bands).astype(jnp.int32)
+    band = jnp.arange(bands).reshape(1, 1, bands, 1)
+    one_band = jnp.broadcast_to(band == (which * bands).astype(jnp.int32), mask.shape)
     moving = jnp.where(kind < 0.3, True, jnp.where(kind < 0.75, one_band, mask < 0.5))
     redraw = (kind >= 0.65) & (kind < 0.75)  # a band afresh from the prior
-    count = jnp.maximum(moving.sum((1, 2), keepdims=True), 1)
+    count = jnp.maximum(moving.sum((2, 3), keepdims=True), 1)
     size = 2.38 / jnp.sqrt(2.0 * count) * jnp.exp2(-1.5 * length)
     size = jnp.where(kind < 0.05, 1.0, size)  # whole differences jump between modes
     difference = other_unit[:, first] - other_unit[:, second]
     moved = _reflect(unit + size * difference + 0.02 * (jitter - 0.5))
     proposal = jnp.where(moving, jnp.where(redraw, jitter, moved), unit)
-    return proposal, -2.0 * jnp.log(chance[:, 0, 0])
+    return proposal, -2.0 * jnp.log(draw[:, -6])
 
 
 @partial(jax.jit, static_argnames=("table", "sample_rate", "steps"))
@@ -197,7 +200,7 @@ def _advance(problem, chain, heat_n, key, *, table, sample_rate, steps):
         moving, still = halves
         proposal, slack_W = _propose(key, moving.unit, still.unit)
         misfit = _misfit(problem, proposal, table, sample_rate)
-        accepted = heat_n[:, None] * (misfit - moving.misfit) <= slack_W
+        accepted = heat_n[:, None] * (misfit - moving.misfit) <= slack_W[None, :]
         moved = _Chain(
             jnp.where(accepted[..., None, None], proposal, moving.unit),
             jnp.where(accepted, misfit, moving.misfit),
@@ -346,7 +349,9 @@ def sample_posterior(
     """
     grid_hz_F = jnp.asarray(eq.curve_grid_hz(sample_rate), jnp.float32)
     freq_hz_M = jnp.asarray(freq_hz_M, jnp.float32)
-    y_nR = (difference_nD - likelihood.mean_D) @ likelihood.data_RD.T
+    # row by row, in one order, so that a pair's numbers do not depend on its neighbours'
+    residual_nD = np.asarray(difference_nD, float) - likelihood.mean_D
+    y_nR = np.einsum("nd,rd->nr", residual_nD, likelihood.data_RD, optimize=False)
     key = jax.random.key(seed)
     bank_key, run_key = jax.random.split(key)
     bands, parameters = len(table.bands), 3
@@ -358,7 +363,7 @@ def sample_posterior(
     parts = []
     for start in range(0, len(y_nR), PAIRS_AT_ONCE):
         block_nR = y_nR[start : start + PAIRS_AT_ONCE]
-        missing = min(PAIRS_AT_ONCE, len(y_nR)) - len(block_nR)  # one compiled shape
+        missing = PAIRS_AT_ONCE - len(block_nR)  # one compiled shape, one rounding
         padded_nR = np.pad(block_nR, ((0, missing), (0, 0)), mode="edge")
         problem = _Problem(jnp.asarray(padded_nR, jnp.float32), model_RM, freq_hz_M)
         result = _run(

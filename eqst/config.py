@@ -173,6 +173,9 @@ CHOICES = {
     "model.head": ("grid", "continuous"),
 }
 
+# Pooled features take a second window, this many times longer, for the lowest bands.
+POOLED_WINDOW_FACTOR = 4
+
 # Inclusive bounds of numbers (each element, for a tuple).
 BOUNDS = {
     "seed": (0, 2**31 - 1),
@@ -255,7 +258,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
       ConfigError: a key is missing or unknown, or a value has the wrong type or range.
     """
-    return typing.cast(Config, _check(_build(Config, values, "")))
+    return _check(_build(Config, values, ""))
 
 
 def validate(config: config_dict.ConfigDict) -> Config:
@@ -329,7 +332,8 @@ def _check(config: Config) -> Config:
     data, model, features = config.data, config.model, config.features
     _require(len(data.sources) > 0, "data.sources is empty; name at least one source")
     for source in data.sources:
-        known = source == "synthetic" or source.startswith(("folder:", "tfds:"))
+        kind, _, rest = source.partition(":")
+        known = source == "synthetic" or (kind in ("folder", "tfds") and rest != "")
         _require(known, f"source {source!r} is not synthetic, folder:PATH or tfds:NAME")
     _require(
         len(data.source_weights) == len(data.sources) and sum(data.source_weights) > 0,
@@ -339,6 +343,21 @@ def _check(config: Config) -> Config:
     _require(
         data.folds == 0 or (data.folds > 1 and data.fold < data.folds),
         f"data.fold is {data.fold} of {data.folds} folds; take 2 folds or more and fold < folds",
+    )
+    _require(
+        data.noise_low_db <= data.noise_high_db,
+        f"data.noise_low_db is {data.noise_low_db}, above noise_high_db ({data.noise_high_db})",
+    )
+    _require(
+        features.low_hz < features.high_hz,
+        f"features.low_hz is {features.low_hz}, not below high_hz ({features.high_hz})",
+    )
+    longest = features.window * (POOLED_WINDOW_FACTOR if features.kind == "pooled" else 1)
+    shortest = round(min(data.segment_seconds) * data.sample_rate)
+    _require(
+        longest <= shortest,
+        f"features.window is {features.window}: windows of {longest} samples do not fit a segment "
+        f"of {shortest} samples (data.segment_seconds)",
     )
     _require(
         features.window % features.hop == 0,

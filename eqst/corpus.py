@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -20,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eqst import audio, config, synthetic
+from eqst import audio, config, synthetic, talkers
 
 FORMAT = 1
 TARGET_LUFS = -23.0
-HOP_SECONDS = 0.1
+HOPS_PER_SECOND = 10  # of the K-weighted powers, and of the starts a segment may have
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".rf64")
 
 
@@ -138,16 +139,22 @@ def _split(
     else:
         if len(talker_R) < 2:
             raise CorpusError(
-                f"{source}: one talker only ({talker_R[0]}); training needs 2 or more, one held out: "
-                "put each talker's files into a folder of their own"
+                f"{source}: one talker only ({talker_R[0]}); training needs 2 or more, one held "
+                "out: put each talker's files into a folder of their own"
             )
         held = min(max(1, round(data.dev_share * len(order))), len(order) - 1)
         dev, train = order[:held], order[held:]
-    valid = (
-        train[data.fold :: data.folds]
-        if data.folds
-        else train[: round(data.valid_share * len(train))]
-    )
+    if data.folds:
+        if data.folds > len(train):
+            raise CorpusError(
+                f"{source}: {data.folds} folds of {len(train)} train talkers; set data.folds to "
+                f"{len(train)} or less"
+            )
+        valid = train[data.fold :: data.folds]
+    else:
+        # A share above 0 holds out one talker at least, and leaves one to train on.
+        share = round(data.valid_share * len(train))
+        valid = train[: min(max(share, int(data.valid_share > 0)), max(len(train) - 1, 0))]
     train = [i for i in train if i not in set(valid)]
     chosen = sorted({"train": train, "valid": valid or train, "dev": dev}[split])
     if not chosen:
@@ -176,10 +183,11 @@ def _join(parts: list[tuple[Corpus, float]]) -> Corpus:
 
 
 class Recording(NamedTuple):
-    """One recording on its way into a store: a name and [T] float32 samples."""
+    """One recording on its way into a store: a name, [T] float32 samples, and what is missing."""
 
     talker: str
     samples_T: np.ndarray
+    skipped: tuple[str, ...] = ()
 
 
 def _cache_root(data: config.Data) -> pathlib.Path:
@@ -235,19 +243,28 @@ def _write_store(
 ) -> None:
     index: dict[str, Any] = {"sample_rate": sample_rate, "recordings": [], "skipped": []}
     powers, start = [], 0
+
+    def leave_out(reason: str) -> None:
+        index["skipped"].append(reason)
+        progress(f"{name}: left out {reason}")
+
     with open(folder / "samples.int16", "wb") as file:
         for item in recordings:
             if isinstance(item, str):
-                index["skipped"].append(item)
-                progress(f"{name}: left out {item}")
+                leave_out(item)
                 continue
+            for reason in item.skipped:
+                leave_out(reason)
             samples_T = item.samples_T
             peak = float(np.abs(samples_T).max(initial=0.0))
             power_J = audio.k_weighted_power(samples_T[:, None], sample_rate)
-            loudness = audio.gated_loudness_lufs(power_J)
+            try:
+                loudness = audio.gated_loudness_lufs(power_J)
+            except audio.AudioError as error:
+                leave_out(f"{item.talker}: {error}")
+                continue
             if not np.isfinite(loudness):
-                index["skipped"].append(f"{item.talker}: silent")
-                progress(f"{name}: left out {item.talker}: silent")
+                leave_out(f"{item.talker}: silent")
                 continue
             gain = 10.0 ** ((TARGET_LUFS - loudness) / 20.0)
             scale = 32767.0 / peak
@@ -313,9 +330,9 @@ def _synthetic_recording(task: tuple[int, int, float, int]) -> Recording:
 
 
 def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
-    source_code = pathlib.Path(synthetic.__file__).read_bytes()
+    code = inspect.getsource(synthetic) + inspect.getsource(talkers)
     seed, seconds = data.synthetic_seed, data.synthetic_seconds
-    facts = [hashlib.sha256(source_code).hexdigest(), seed, data.synthetic_talkers, seconds]
+    facts = [hashlib.sha256(code.encode()).hexdigest(), seed, data.synthetic_talkers, seconds]
     tasks = [(seed, talker, seconds, data.sample_rate) for talker in range(data.synthetic_talkers)]
     make = lambda: _parallel(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
     return _store(data, "synthetic", facts, make, progress)
@@ -332,8 +349,13 @@ def _folder_files(
         manifest = pathlib.Path(data.manifest).expanduser()
         if not manifest.is_file():
             raise CorpusError(f"{manifest}: no such manifest")
+        wanted = ["path", "split"] + ["permissive"] * data.permissive_only
         with open(manifest, newline="") as file:
-            for row in csv.DictReader(file):
+            rows = csv.DictReader(file)
+            missing = [column for column in wanted if column not in (rows.fieldnames or ())]
+            if missing:
+                raise CorpusError(f"{manifest}: no column {', '.join(missing)}; add it")
+            for row in rows:
                 if data.permissive_only and row["permissive"] != "yes":
                     continue
                 listed[(manifest.parent / row["path"]).resolve()] = row["split"]
@@ -349,7 +371,12 @@ def _folder_files(
         talker = str(inside.parent) if len(inside.parts) > 1 else inside.stem
         talkers.setdefault(talker, []).append(path)
         if data.manifest:
-            official[talker] = listed[path.resolve()]
+            split = listed[path.resolve()]
+            if official.setdefault(talker, split) != split:
+                raise CorpusError(
+                    f"{data.manifest}: talker {talker} is in {official[talker]!r} and in "
+                    f"{split!r}; a talker has one split, so that none is trained and tested on"
+                )
     if not talkers:
         raise CorpusError(f"{root}: no audio file ({', '.join(EXTENSIONS)}) in it")
     return talkers, official if data.manifest else None
@@ -369,7 +396,7 @@ def _folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
         pieces.append(audio.resample(mono_T, sound.sample_rate, sample_rate).astype(np.float32))
     if not pieces:
         return f"{talker}: {reasons[0]}"
-    return Recording(talker, np.concatenate(pieces))
+    return Recording(talker, np.concatenate(pieces), tuple(reasons))
 
 
 def _folder_store(
@@ -408,6 +435,8 @@ def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Pat
             f"file_format='array_record'"
         ) from None
     features = builder.info.features
+    if "audio" not in features:
+        raise CorpusError(f"tfds:{name} has no feature 'audio' (it has {', '.join(features)})")
     rate = getattr(features["audio"], "sample_rate", None) or data.sample_rate
     speakers: dict[str, list[int]] = {}
     for position in range(len(source)):

@@ -1,11 +1,12 @@
 """The space of equalisers: four bands, their ranges and grids, and the way back from a curve.
 
-One `EqTable` says every range once; unit cube, grids, sampling and clamping follow from it. A setting
-is an `EqParams` of arrays [..., K] (K bands, in the order of `KINDS`) or a point [..., K, 3] of the
-unit cube, whose last axis is `PARAMETERS`: log frequency, gain in dB and log Q, each 0 at the low end
-of its range and 1 at the high end.
+One `EqTable` says every range once; unit cube, grids, sampling and clamping follow from it. A
+setting is an `EqParams` of arrays [..., K] (K bands, in the order of `KINDS`) or a point [..., K, 3]
+of the unit cube, whose last axis is `PARAMETERS`: log frequency, gain in dB and log Q, each 0 at the
+low end of its range and 1 at the high end.
 
-Functions follow their arrays: numpy in, numpy float64 out; JAX in, JAX out, also under jit, vmap, grad.
+Functions of settings follow their arrays: numpy in, numpy float64 out; JAX in, JAX out, under jit,
+vmap and grad as well.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 import scipy.optimize
 from jax.typing import ArrayLike
 
-from eqst import biquad
+from eqst import biquad, curvefit
 
 KINDS = (biquad.LOW_SHELF, biquad.PEAKING, biquad.PEAKING, biquad.HIGH_SHELF)
 PARAMETERS = ("freq", "gain", "q")
@@ -49,7 +50,7 @@ class Band:
 
 @dataclasses.dataclass(frozen=True)
 class EqTable:
-    """The bands, and the grid points of each parameter, evenly spaced in the cube, ends included."""
+    """The bands, and how many grid points each parameter has: even steps in the cube, with ends."""
 
     name: str
     bands: tuple[Band, ...]
@@ -69,8 +70,8 @@ def _table(name: str, gain_db: float, q_low: float, q_high: float, q_points: int
     )
 
 
-# The paper's space, measured from its own audio: whole dB, Q on 10^((20 - 3 k) / 20), k = 0 .. 13, and
-# 21 frequencies a band. The range of its low shelf is not known (85 .. 242 Hz were seen).
+# The paper's space, measured from its own audio: whole dB, Q on 10^((20 - 3 k) / 20), k = 0 .. 13,
+# and 21 frequencies a band. The range of its low shelf is not known (85 .. 242 Hz were seen).
 PAPER = _table("paper", gain_db=10.0, q_low=10.0 ** (-19 / 20), q_high=10.0, q_points=14)
 PRACTICAL = _table("practical", gain_db=12.0, q_low=0.3, q_high=4.0, q_points=14)
 
@@ -103,7 +104,7 @@ def _bounds(limits: EqTable, rank: int) -> tuple[EqParams, EqParams]:
 
 
 def from_unit(limits: EqTable, unit_KP: Any) -> EqParams:
-    """Points [..., K, 3] of the unit cube as settings. Values outside 0 .. 1 extrapolate; see `clamp`."""
+    """Points [..., K, 3] of the unit cube as settings; outside 0 .. 1 it extrapolates (`clamp`)."""
     xp = _namespace(unit_KP)
     unit_KP = xp.asarray(unit_KP, xp.result_type(float))
     low, high = _bounds(limits, unit_KP.ndim - 1)
@@ -123,7 +124,7 @@ def from_unit(limits: EqTable, unit_KP: Any) -> EqParams:
 
 
 def to_unit(limits: EqTable, params: EqParams) -> Any:
-    """Settings as points [..., K, 3] of the unit cube: the inverse of `from_unit`, outside it too."""
+    """Settings as points [..., K, 3] of the unit cube: the inverse of `from_unit`, everywhere."""
     xp = _namespace(*params)
     params = _float_params(params)
     low, high = _bounds(limits, params.freq_hz.ndim)
@@ -154,7 +155,7 @@ def grid_units(limits: EqTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def to_grid_index(limits: EqTable, params: EqParams) -> Any:
-    """Index [..., K, 3] (int32) of the nearest grid point of each parameter, ends for what lies outside."""
+    """Index [..., K, 3] (int32) of each parameter's nearest grid point, an end from outside."""
     unit_KP = to_unit(limits, params)
     xp = _namespace(unit_KP)
     top = (
@@ -215,7 +216,7 @@ def negate(params: EqParams) -> EqParams:
 def response_db(params: EqParams, freq_hz_F: ArrayLike, *, sample_rate: float) -> jax.Array:
     """Response of settings [..., K] at frequencies [F]: [..., F] in dB, float32.
 
-    Reverse-mode derivatives only (`biquad.cascade_db`). Frequencies as there; bands below half the rate.
+    Reverse-mode derivatives only, and frequencies within half the rate: see `biquad.cascade_db`.
     """
     cascade = functools.partial(biquad.cascade_db, kinds=KINDS, sample_rate=sample_rate)
     arrays = [jnp.asarray(array) for array in params]
@@ -226,7 +227,7 @@ def response_db(params: EqParams, freq_hz_F: ArrayLike, *, sample_rate: float) -
 
 
 def curve_grid_hz(sample_rate: float) -> np.ndarray:
-    """The frequencies [F] on which curves are compared: 1/24 octave, 40 Hz .. min(18 kHz, 0.45 of the rate)."""
+    """Where curves are compared: [F] in 1/24 octaves, 40 Hz .. min(18 kHz, 0.45 of the rate)."""
     top_hz = min(18000.0, RATE_LIMIT * sample_rate)
     return 40.0 * 2.0 ** (np.arange(int(np.floor(24.0 * np.log2(top_hz / 40.0))) + 1) / 24.0)
 
@@ -234,3 +235,133 @@ def curve_grid_hz(sample_rate: float) -> np.ndarray:
 def remove_level(curve_F: Any) -> Any:
     """Curves [..., F] without their mean over frequency: what no listener can tell from a fader."""
     return curve_F - curve_F.mean(axis=-1, keepdims=True)
+
+
+def refit(params: EqParams, *, table: EqTable, from_rate: float, to_rate: float) -> EqParams:
+    """Settings for another sample rate: those whose response there is nearest to what it was.
+
+    Settings belong to a rate, most of all near its top. The curves are compared, level included, up
+    to where both rates reach (`curve_grid_hz` of the lower), by bounded least squares in float64.
+
+    Args:
+      params: [..., K] settings at from_rate, their frequencies below half of it.
+      table: bounds of the result; its frequencies also stay within 0.45 of to_rate.
+      from_rate, to_rate: samples per second.
+
+    Returns:
+      [..., K] float64 numpy settings at to_rate; equal rates return the settings unchanged.
+
+    Raises:
+      ValueError: settings outside what `biquad.sos` takes at from_rate.
+    """
+    arrays = EqParams(*(np.asarray(array, np.float64) for array in params))
+    if from_rate == to_rate:
+        return arrays
+    freq_hz_F = curve_grid_hz(min(from_rate, to_rate))
+    shape = arrays.freq_hz.shape
+    rows = zip(*(array.reshape(-1, shape[-1]) for array in arrays), strict=True)
+    fitted = [_refit_one(EqParams(*row), table, freq_hz_F, from_rate, to_rate) for row in rows]
+    return EqParams(*(np.stack(column).reshape(shape) for column in zip(*fitted, strict=True)))
+
+
+def _refit_one(
+    params: EqParams, limits: EqTable, freq_hz_F: np.ndarray, from_rate: float, to_rate: float
+) -> EqParams:
+    def curve(settings: EqParams, rate: float) -> np.ndarray:
+        sections_K6 = biquad.sos(*settings, kinds=KINDS, sample_rate=rate)
+        delay_3F = np.exp(-2j * np.pi * freq_hz_F / rate) ** np.arange(3)[:, None]
+        ratio_KF = (sections_K6[:, :3] @ delay_3F) / (sections_K6[:, 3:] @ delay_3F)
+        return 20 * np.log10(np.abs(ratio_KF)).sum(axis=0)
+
+    def settings(unit: np.ndarray) -> EqParams:
+        return limit_to_rate(from_unit(limits, unit.reshape(-1, len(PARAMETERS))), to_rate)[0]
+
+    wanted_F = curve(params, from_rate)
+    start = to_unit(limits, clamp(limits, params)).ravel()
+    fit = scipy.optimize.least_squares(
+        lambda unit: curve(settings(unit), to_rate) - wanted_F,
+        np.clip(start, 1e-6, 1 - 1e-6),
+        bounds=(0.0, 1.0),
+        x_scale=0.1,
+    )
+    return settings(fit.x)
+
+
+def fit_curve(
+    curve_db_nF: ArrayLike,
+    freq_hz_F: ArrayLike,
+    *,
+    table: EqTable,
+    sample_rate: float,
+    start: EqParams | None = None,
+    weight_F: ArrayLike | None = None,
+    gain_weight: float = 1e-5,
+    starts: int = 8,
+) -> EqParams:
+    """Settings whose response has the shape of a curve: bounded least squares from several starts.
+
+    The level is free: the (weighted) mean over frequency is removed from both. Deterministic, in
+    float32; see `curvefit.search` for how the starts are found.
+
+    Args:
+      curve_db_nF: [..., F] curves in dB.
+      freq_hz_F: [F] their frequencies in Hz, 0 .. sample_rate / 2.
+      table: bounds of the result; static, like sample_rate and starts. Its highest frequency must
+        be below half the rate.
+      sample_rate: that the settings are for, samples per second.
+      start: [..., K] settings to start from as well.
+      weight_F: [F] weights of the squared errors, not negative; equal ones by default.
+      gain_weight: what the mean square gain of the bands (dB^2) counts beside the mean square error
+        (dB^2). The default only picks the least gain among settings of equal shape; more shrinks.
+      starts: first guesses, 1 .. 1024. With more of them misses become rarer and fits slower.
+
+    Returns:
+      [..., K] settings inside the table, float32.
+
+    Raises:
+      ValueError: curves, frequencies and weights that do not fit each other; a band of the table
+        that can lie above half the sample rate.
+    """
+    curve, freq_F = jnp.asarray(curve_db_nF, jnp.float32), jnp.asarray(freq_hz_F, jnp.float32)
+    weight_F = jnp.ones_like(freq_F) if weight_F is None else jnp.asarray(weight_F, jnp.float32)
+    if freq_F.ndim != 1 or not (curve.shape[-1:] == freq_F.shape == weight_F.shape):
+        raise ValueError(
+            f"curves {curve.shape}, frequencies {freq_F.shape}, weights {weight_F.shape}: want"
+            " [..., F], [F] and [F]"
+        )
+    top_hz = max(band.freq_high_hz for band in table.bands)
+    if top_hz >= 0.5 * sample_rate:
+        raise ValueError(
+            f"table {table.name!r} reaches {top_hz:g} Hz and half the sample rate is"
+            f" {0.5 * sample_rate:g} Hz: fit at a higher rate, then `refit`"
+        )
+    leading, points = curve.shape[:-1], len(KINDS) * len(PARAMETERS)
+    curve_nF = curve.reshape(-1, freq_F.size)
+    given_nSP = jnp.zeros((len(curve_nF), 0, points), jnp.float32)
+    if start is not None:
+        unit = to_unit(table, EqParams(*(jnp.asarray(array) for array in start)))
+        given_nSP = jnp.clip(unit, 0.0, 1.0).astype(jnp.float32).reshape(-1, 1, points)
+    unit_nP = _fit(
+        curve_nF,
+        freq_F,
+        weight_F / jnp.sum(weight_F),
+        given_nSP,
+        jnp.float32(gain_weight),
+        table,
+        float(sample_rate),
+        starts,
+    )
+    return from_unit(table, unit_nP.reshape(*leading, len(KINDS), len(PARAMETERS)))
+
+
+@functools.partial(jax.jit, static_argnames=("limits", "sample_rate", "starts"))
+def _fit(curve_nF, freq_hz_F, weight_F, given_nSP, gain_weight, limits, sample_rate, starts):
+    problem = curvefit.Problem(
+        decode=functools.partial(from_unit, limits),
+        kinds=KINDS,
+        freq_hz_F=freq_hz_F,
+        weight_F=weight_F,
+        gain_weight=gain_weight,
+        sample_rate=sample_rate,
+    )
+    return curvefit.search(problem, curve_nF, given_nSP, starts=starts)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from eqst import baselines, card, checkpoint, corpus, eq, metrics, observe, pairs, predictor, report
+from eqst import baselines, card, checkpoint, command, corpus, eq, metrics, observe, pairs, predictor, report
 from eqst.config import Config, Data, from_dict
 from eqst.evidence import Evidence, evidence, stack
 from eqst.files import check_target, write_json, write_text
@@ -385,55 +385,49 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["workdir", "output"])
 
 
-def main(argv: list[str]) -> None:
-    """Entry point."""
-    if len(argv) > 1:
-        sys.exit(f"eqst.evaluate: unexpected argument {argv[1]!r}")
+def main() -> None:
+    """The command."""
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
     output = pathlib.Path(options.output)
-    try:
-        if options.split not in ("dev", "valid"):
-            raise ValueError(f"--split={options.split}: choose dev or valid")
-        output.mkdir(parents=True, exist_ok=True)
-        check_target(output / "results.json", overwrite=options.overwrite)
-        run = open_run(options.workdir)
-        spec = run.config.evaluation
-        if options.pairs:
-            spec = dataclasses.replace(spec, pairs=options.pairs)
-        if options.seconds:
-            spec = dataclasses.replace(spec, seconds=tuple(float(x) for x in options.seconds))
-        run = run._replace(config=dataclasses.replace(run.config, evaluation=spec))
-        data, split = select(run, options.data, options.manifest, options.split)
-        held_out = corpus.open_corpus(data, split, say)
-        tuned_on = data if (data.manifest or not options.data) else run.config.data
-        tuning = corpus.open_corpus(tuned_on, "train", say)
-        say(
-            f"{len(held_out.talker_R)} held-out recordings, {held_out.seconds() / 60:.1f} min; "
-            f"baselines tuned on {len(tuning.talker_R)} of {', '.join(tuned_on.sources)}"
-        )
-        results = evaluate(run, held_out, tuning, with_baselines=options.baselines, say=say)
-        results = {
-            "command": shlex.join(["python", "-m", "eqst.evaluate", *sys.argv[1:]]),
-            "commit": run.commit,
-            "step": run.step,
-            "machine": machine(),
-            "sources": list(data.sources),
-            "split": split,
-            "talkers": list(held_out.talker_R),
-            "baselines_tuned_on": list(tuned_on.sources),
-            **results,
-        }
-        write_json(output / "results.json", results)
-        text = report.table_text(results)
-        write_text(output / "table.txt", text)
-        say("\n" + text)
-        report.error_against_seconds(results, output / "error_seconds.png")
-        say(f"results: {output}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"eqst.evaluate: {error}")
+    if options.split not in ("dev", "valid"):
+        raise ValueError(f"--split={options.split}: choose dev or valid")
+    output.mkdir(parents=True, exist_ok=True)
+    check_target(output / "results.json", overwrite=options.overwrite)
+    run = open_run(options.workdir)
+    spec = run.config.evaluation
+    if options.pairs:
+        spec = dataclasses.replace(spec, pairs=options.pairs)
+    if options.seconds:
+        spec = dataclasses.replace(spec, seconds=tuple(float(x) for x in options.seconds))
+    run = run._replace(config=dataclasses.replace(run.config, evaluation=spec))
+    data, split = select(run, options.data, options.manifest, options.split)
+    held_out = corpus.open_corpus(data, split, say)
+    # Of a folder without a manifest every talker is held out: then tune on the run's own.
+    tuned_on = data if (data.manifest or not options.data) else run.config.data
+    tuning = corpus.open_corpus(tuned_on, "train", say)
+    say(
+        f"{len(held_out.talker_R)} held-out recordings, {held_out.seconds() / 60:.1f} min; "
+        f"baselines tuned on {len(tuning.talker_R)} of {', '.join(tuned_on.sources)}"
+    )
+    results = {
+        "command": shlex.join(["python", "-m", "eqst.evaluate", *sys.argv[1:]]),
+        "commit": run.commit,
+        "step": run.step,
+        "machine": machine(),
+        "sources": list(data.sources),
+        "split": split,
+        "talkers": list(held_out.talker_R),
+        "baselines_tuned_on": list(tuned_on.sources),
+        **evaluate(run, held_out, tuning, with_baselines=options.baselines, say=say),
+    }
+    write_json(output / "results.json", results)
+    text = report.table_text(results)
+    write_text(output / "table.txt", text)
+    say("\n" + text)
+    report.error_against_seconds(results, output / "error_seconds.png")
+    say(f"results: {output}")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    command.start("eqst.evaluate", define_flags, main)

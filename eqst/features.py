@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from eqst import biquad, config, eq
 
@@ -19,12 +20,12 @@ from eqst import biquad, config, eq
 TINY = 1e-20
 
 
-def mel(freq_hz: np.ndarray) -> np.ndarray:
+def mel(freq_hz: ArrayLike) -> np.ndarray:
     """O'Shaughnessy's mel scale: 2595 log10(1 + f / 700)."""
     return 2595.0 * np.log10(1.0 + np.asarray(freq_hz, np.float64) / 700.0)
 
 
-def hertz(mel_value: np.ndarray) -> np.ndarray:
+def hertz(mel_value: ArrayLike) -> np.ndarray:
     """The inverse of `mel`."""
     return 700.0 * (10.0 ** (np.asarray(mel_value, np.float64) / 2595.0) - 1.0)
 
@@ -86,11 +87,12 @@ def stft_power(samples_T: jax.Array, window: int, hop: int) -> jax.Array:
     frames = frame_count(samples_T.shape[-1], window, hop)
     hann_W = np.hanning(window + 1)[:-1]
     scaled_W = jnp.asarray(hann_W / np.sqrt(np.sum(hann_W**2)), jnp.float32)
-    # Frames as shifted rows of hop-long blocks: a gather of every sample would cost more than the FFT.
+    # Frames as shifted rows of hop-long blocks: a gather of every sample would cost more than
+    # the FFT.
     parts = window // hop
     blocks_JH = samples_T[: (frames + parts - 1) * hop].reshape(-1, hop)
     frame_NW = jnp.concatenate([blocks_JH[p : p + frames] for p in range(parts)], axis=-1)
-    spectrum_NF = jnp.fft.rfft(frame_NW * scaled_W, axis=-1)
+    spectrum_NF = jnp.fft.rfft(frame_NW * scaled_W[None, :], axis=-1)
     return jnp.real(spectrum_NF) ** 2 + jnp.imag(spectrum_NF) ** 2
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from eqst import analysis, audio, biquad, eq, picture, render, settings
+from eqst import analysis, audio, biquad, command, eq, picture, render, settings
 from eqst.audio import AudioError
 from eqst.settings import Settings
 
@@ -227,6 +227,7 @@ def run(
       AudioError: anything wrong with a file, before the work where it can be known.
     """
     targets = [path for path in (output, settings_file, picture_file) if path is not None]
+    settings.check_amount(amount)
     _check_targets([input, reference], targets, overwrite)
     source = audio.info(input)
     if picture_file is not None:
@@ -285,7 +286,7 @@ def _draw(
     try:
         picture.draw(path, scene, overwrite=overwrite)
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if error.name is None or not error.name.startswith("matplotlib"):
             raise
         say("note: no picture, for matplotlib is not installed: pip install 'eqst[report]'")
 
@@ -302,31 +303,23 @@ def _check_targets(sources: list[str], targets: list[str], overwrite: bool) -> N
         raise AudioError(f"two of {', '.join(targets)} are one file: name them apart")
 
 
-def main(argv: list[str]) -> None:
-    """Entry point."""
+def main() -> None:
+    """The command."""
     # As an exception, so that a half-written output is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     values = flags.FLAGS
-    if len(argv) > 1:
-        sys.exit(f"eqst.match: unexpected argument {argv[1]!r}; name files by --input= and so on")
-    try:
-        run(
-            values.input,
-            values.reference,
-            output=values.output,
-            settings_file=values.settings,
-            picture_file=values.picture,
-            amount=values.amount,
-            clip=values.clip,
-            overwrite=values.overwrite,
-            load=lambda: Matcher.load(values.workdir),
-        )
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"eqst.match: {error}")
-    except KeyboardInterrupt:
-        sys.exit("eqst.match: interrupted; nothing is left half written")
+    run(
+        values.input,
+        values.reference,
+        output=values.output,
+        settings_file=values.settings,
+        picture_file=values.picture,
+        amount=values.amount,
+        clip=values.clip,
+        overwrite=values.overwrite,
+        load=lambda: Matcher.load(values.workdir),
+    )
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    command.start("eqst.match", define_flags, main)

@@ -65,12 +65,12 @@ def pair_terms(config: Config, prediction: Prediction, label_KP: jax.Array) -> T
     """
     table, rate, weights = eq.table(config.eq_table), config.data.sample_rate, config.loss
     grid_hz_F = jnp.asarray(eq.curve_grid_hz(rate), jnp.float32)
-    true = eq.from_unit(table, label_KP)
     guess = eq.from_unit(table, prediction.unit_KP)
-    shape_db = shape_error_db(
-        eq.response_db(guess, grid_hz_F, sample_rate=rate),
-        eq.response_db(true, grid_hz_F, sample_rate=rate),
+    curves = (
+        eq.response_db(eq.limit_to_rate(settings, rate)[0], grid_hz_F, sample_rate=rate)
+        for settings in (guess, eq.from_unit(table, label_KP))
     )
+    shape_db = shape_error_db(*curves)
     if prediction.logits:
         parameters = grid_cross_entropy(prediction.logits, label_KP, table)
     else:

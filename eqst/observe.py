@@ -50,8 +50,10 @@ def least_samples(config: Config) -> int:
 
 def _equalisers(config: Config, plan: pairs.Plan) -> tuple[eq.EqParams, eq.EqParams]:
     """The EQs on the input (colour) and on the reference (colour and label)."""
-    table = eq.table(config.eq_table)
-    colour, label = eq.from_unit(table, plan.colour_KP), eq.from_unit(table, plan.label_KP)
+    table, rate = eq.table(config.eq_table), config.data.sample_rate
+    colour, label = (
+        pairs.settings(table, unit_KP, rate) for unit_KP in (plan.colour_KP, plan.label_KP)
+    )
     return colour, pairs.concatenate(colour, label)
 
 
@@ -75,9 +77,9 @@ _NOISE_CURVE_DB, _NOISE_TILT_DB, _NO_NOISE_DB = 5.0, 10.0, -200.0
 
 
 def _smooth_curve(normal_6: jax.Array, position: jax.Array) -> jax.Array:
-    order_6 = jnp.arange(1, len(_COSINES) + 1)
-    waves = jnp.cos(jnp.pi * order_6 * position[..., None])
-    return jnp.sum(waves * normal_6 * _COSINES, axis=-1)
+    order_6 = jnp.arange(1, len(_COSINES) + 1, dtype=jnp.float32)
+    waves = jnp.cos(jnp.pi * position[:, None] * order_6[None, :])
+    return jnp.sum(waves * (normal_6 * _COSINES)[None, :], axis=-1)
 
 
 def augmentation(data: Data, plan: pairs.Plan) -> Augmentation:
@@ -129,9 +131,9 @@ def rendered(
                 freq_hz_F = np.linspace(0.0, rate / 2, power_NF.shape[-1])
                 where_F = _position(spec, freq_hz_F, rate)
                 power_NF = features.warp_bins(power_NF, change.warp)
-                power_NF = power_NF * 10.0 ** (change.curve_db(where_F) / 10.0)
+                power_NF = power_NF * 10.0 ** (change.curve_db(where_F)[None, :] / 10.0)
                 peak = jnp.max(jnp.mean(power_NF, axis=0))
-                power_NF = power_NF + peak * 10.0 ** (change.noise_db(where_F) / 10.0)
+                power_NF = power_NF + peak * 10.0 ** (change.noise_db(where_F)[None, :] / 10.0)
             powers.append(features.equalise_power(power_NF, params, rate))
         return _summary(spec, tuple(powers), rate)
 
@@ -155,7 +157,7 @@ def shifted(
     def one(stats_SM: jax.Array, params: eq.EqParams) -> jax.Array:
         stats_SM = stats_SM.astype(jnp.float32)
         if _augments(data):
-            stats_SM = pooled.warp(spec, stats_SM, change.warp) + change.curve_db(where_M)
+            stats_SM = pooled.warp(spec, stats_SM, change.warp) + change.curve_db(where_M)[None, :]
             noise_M = jnp.max(stats_SM[0]) + change.noise_db(where_M)
             stats_SM = pooled.add_power_db(stats_SM, noise_M[None, :])
         stats_SM = stats_SM + pooled.band_gain_db(spec, params, rate)[None, :]

@@ -8,14 +8,14 @@ The functions act on one example and are vmapped at the edge.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eqst import biquad, eq
-from eqst.corpus import HOP_SECONDS, Corpus
+from eqst.corpus import HOPS_PER_SECOND, Corpus
 
 # Slots of the uniform numbers that make an example; their order is part of what (s, k) means.
 RECORDING, INPUT, REFERENCE, COIN, OTHER = range(5)
@@ -42,20 +42,21 @@ class Index(NamedTuple):
       cumulative_R: [R] running sum of the recordings' probabilities.
     """
 
-    hop_V: jax.Array
-    before_V: jax.Array
-    after_V: jax.Array
-    first_R: jax.Array
-    count_R: jax.Array
-    recording_R: jax.Array
-    cumulative_R: jax.Array
+    hop_V: jax.Array | np.ndarray
+    before_V: jax.Array | np.ndarray
+    after_V: jax.Array | np.ndarray
+    first_R: jax.Array | np.ndarray
+    count_R: jax.Array | np.ndarray
+    recording_R: jax.Array | np.ndarray
+    cumulative_R: jax.Array | np.ndarray
 
 
 class Plan(NamedTuple):
     """One example, before any audio is touched.
 
     Rows point into Index, recordings into the corpus; starts are in hops of 100 ms. `label` and
-    `colour` are positions in the unit cube; the colour's gains are 0 dB (0.5) where there is none. `augment_A` is uniform numbers.
+    `colour` are positions in the unit cube; the colour's gains are 0 dB (0.5) where there is none.
+    `augment_A` is uniform numbers.
     """
 
     input_row: jax.Array
@@ -69,9 +70,23 @@ class Plan(NamedTuple):
     augment_A: jax.Array
 
 
-def hop_samples(sample_rate: int) -> int:
-    """Samples between two possible starts."""
-    return round(HOP_SECONDS * sample_rate)
+def first_sample(hop: Any, sample_rate: int) -> Any:
+    """The sample at which a hop begins: hop rate / 10, rounded down.
+
+    This is where `audio.k_weighted_power` begins its blocks, at rates such as 11025 too. The
+    product is taken apart because it would leave 32 bits after 81 minutes at 44.1 kHz.
+
+    Args:
+      hop: number of the hop, an int or an array of int32.
+      sample_rate: in Hz, static.
+    """
+    whole, rest = divmod(sample_rate, HOPS_PER_SECOND)
+    return hop * whole + hop * rest // HOPS_PER_SECOND
+
+
+def hops_covering(samples: int, sample_rate: int) -> int:
+    """The least number of hops whose samples, wherever they begin, are no fewer than these."""
+    return -(-samples * HOPS_PER_SECOND // sample_rate)
 
 
 def segment_loudness(power_J: np.ndarray, blocks: int) -> np.ndarray:
@@ -88,16 +103,26 @@ def segment_loudness(power_J: np.ndarray, blocks: int) -> np.ndarray:
         return np.zeros(0)
     window_J = np.convolve(power_J, np.full(4, 0.25), "valid")
     windows_SW = np.lib.stride_tricks.sliding_window_view(window_J, blocks - 3)
-    absolute = 10.0 ** ((-70.0 + 0.691) / 10.0)
-
-    def gated_mean(mask_SW: np.ndarray) -> np.ndarray:
-        return np.sum(windows_SW * mask_SW, axis=1) / np.maximum(mask_SW.sum(axis=1), 1)
-
-    loud_SW = windows_SW > absolute
-    relative_S = gated_mean(loud_SW) * 0.1
-    mean_S = gated_mean(loud_SW & (windows_SW > relative_S[:, None]))
+    # A recording of hours has millions of blocks in its segments: some thousand starts at a time.
+    mean_S = np.concatenate(
+        [
+            _gated_means(windows_SW[begin : begin + 4096])
+            for begin in range(0, len(windows_SW), 4096)
+        ]
+    )
     with np.errstate(divide="ignore"):
         return -0.691 + 10.0 * np.log10(mean_S)
+
+
+def _gated_means(windows_SW: np.ndarray) -> np.ndarray:
+    """[S] mean of each row's powers that pass both gates of BS.1770; 0 where none does."""
+
+    def mean(mask_SW: np.ndarray) -> np.ndarray:
+        return np.sum(windows_SW * mask_SW, axis=1) / np.maximum(mask_SW.sum(axis=1), 1)
+
+    loud_SW = windows_SW > 10.0 ** ((-70.0 + 0.691) / 10.0)
+    relative_S = 0.1 * mean(loud_SW)
+    return mean(loud_SW & (windows_SW > relative_S[:, None]))
 
 
 def build_index(
@@ -111,20 +136,17 @@ def build_index(
     Raises:
       PairsError: no recording gives a pair.
     """
-    blocks = round(seconds / HOP_SECONDS)
-    length = round(seconds * corpus.sample_rate)
+    rate, length = corpus.sample_rate, round(seconds * corpus.sample_rate)
+    blocks = hops_covering(length, rate)
     columns: dict[str, list] = {name: [] for name in Index._fields}
     skipped, rows = [], 0
     for recording, power_J in enumerate(corpus.power_R):
-        # A block may end a little past the last sample: count whole segments only.
-        whole = (int(corpus.length_R[recording]) - length) // hop_samples(corpus.sample_rate) + 1
-        loudness_S = segment_loudness(power_J, blocks)[: max(whole, 0)]
-        hop_S = np.flatnonzero(loudness_S >= min_loudness_lufs)
+        hop_S = np.flatnonzero(segment_loudness(power_J, blocks) >= min_loudness_lufs)
         before_S = np.searchsorted(hop_S, hop_S - blocks, side="right")
         after_S = np.searchsorted(hop_S, hop_S + blocks, side="left")
         partners_S = before_S + len(hop_S) - after_S
         if not np.any(partners_S > 0):
-            have = corpus.length_R[recording] / corpus.sample_rate
+            have = corpus.length_R[recording] / rate
             reason = f"no two separate segments of {seconds:g} s at {min_loudness_lufs:g} LUFS"
             skipped.append(f"{corpus.talker_R[recording]}: {reason} in {have:.1f} s")
             continue
@@ -142,12 +164,12 @@ def build_index(
     if rows == 0:
         raise PairsError(f"no pair of {seconds:g} s segments in any recording; {skipped[0]}")
     weight_R = np.cumsum(columns["cumulative_R"])
-    return Index(
-        *(np.concatenate(columns[name]).astype(np.int32) for name in ("hop_V", "before_V")),
-        np.concatenate(columns["after_V"]).astype(np.int32),
-        *(np.array(columns[name], np.int32) for name in ("first_R", "count_R", "recording_R")),
-        (weight_R / weight_R[-1]).astype(np.float32),
-    ), tuple(skipped)
+    arrays = {name: np.concatenate(columns[name]) for name in ("hop_V", "before_V", "after_V")}
+    arrays |= {name: np.array(columns[name]) for name in ("first_R", "count_R", "recording_R")}
+    arrays = {name: array.astype(np.int32) for name, array in arrays.items()}
+    return Index(**arrays, cumulative_R=(weight_R / weight_R[-1]).astype(np.float32)), tuple(
+        skipped
+    )
 
 
 def _pick(uniform: jax.Array, count: jax.Array) -> jax.Array:
@@ -177,6 +199,9 @@ def draw(
 
     Returns:
       the Plan; labels and colours are uniform in the unit cube (design section 3).
+
+    Raises:
+      PairsError: the two shall be of different recordings, and there is one only.
     """
     index = Index(*(jnp.asarray(x) for x in index))
     key = jax.random.fold_in(jax.random.key(seed), k)
@@ -194,7 +219,12 @@ def draw(
     partner = _pick(u[REFERENCE], before + rows - after)
     reference_row = first + jnp.where(partner < before, partner, partner - before + after)
     other = own
-    if different_recordings and count > 1:
+    if different_recordings:
+        if count < 2:
+            raise PairsError(
+                "data.different_recordings needs 2 recordings that give pairs, there is 1: add "
+                "recordings or set it to False"
+            )
         other = (own + 1 + _pick(u[OTHER], jnp.asarray(count - 1))) % count
         reference_row = index.first_R[other] + _pick(u[REFERENCE], index.count_R[other])
     label_KP, colour_KP = u[head:].reshape(2, bands, parameters)
@@ -216,6 +246,11 @@ def draw(
 def without_gain(unit_KP: jax.Array) -> jax.Array:
     """The same place in the unit cube with every gain at 0 dB."""
     return unit_KP.at[..., 1].set(0.5)
+
+
+def settings(table: eq.EqTable, unit_KP: jax.Array, sample_rate: int) -> eq.EqParams:
+    """What stands at a place of the unit cube, at this rate: frequencies held to 0.45 of it."""
+    return eq.limit_to_rate(eq.from_unit(table, unit_KP), sample_rate)[0]
 
 
 def concatenate(first: eq.EqParams, second: eq.EqParams) -> eq.EqParams:
@@ -271,11 +306,11 @@ def render(
     Returns:
       input_T, reference_T: [T] each: the colour is on both, the label on the reference alone.
     """
-    label = eq.from_unit(table, plan.label_KP)
+    label = settings(table, plan.label_KP, sample_rate)
     if protocol == "plain":
         input_T, on_reference = input_T[context:], label
     else:
-        colour = eq.from_unit(table, plan.colour_KP)
+        colour = settings(table, plan.colour_KP, sample_rate)
         input_T = filter_circular(input_T, colour, sample_rate=sample_rate, context=context)
         on_reference = concatenate(colour, label)
     reference_T = filter_circular(
@@ -291,15 +326,16 @@ def fetch(corpus: Corpus, plan: Plan, seconds: float, context_seconds: float) ->
       plan: leaves with a leading batch axis [B], numpy.
 
     Returns:
-      input_BT, reference_BT: float32 [B, context + T] at -23 LUFS; zeros before a recording's start.
+      input_BT, reference_BT: float32 [B, context + T] at -23 LUFS; zeros before a recording's
+        start.
     """
-    hop, rate = hop_samples(corpus.sample_rate), corpus.sample_rate
+    rate = corpus.sample_rate
     context, length = round(context_seconds * rate), round(seconds * rate)
 
     def read(recording_B: np.ndarray, hop_B: np.ndarray) -> np.ndarray:
         out_BT = np.empty((len(recording_B), context + length), np.float32)
         for b, (recording, start) in enumerate(zip(recording_B, hop_B, strict=True)):
-            begin = int(start) * hop - context
+            begin = first_sample(int(start), rate) - context
             out_BT[b] = corpus.segment(int(recording), begin, context + length)
         return out_BT
 

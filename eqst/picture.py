@@ -75,11 +75,17 @@ def draw(path: str | os.PathLike, scene: Scene, *, overwrite: bool = True) -> No
 
 
 def spectrum_db(audio_T: np.ndarray, sample_rate: int, top_hz: float) -> tuple[Any, Any]:
-    """Long-term spectrum in 1/6-octave bands up to `top_hz`, mean removed: ([M] Hz, [M] dB)."""
+    """Long-term spectrum in 1/6-octave bands up to `top_hz`: [M] Hz, [M] dB.
+
+    Without its mean over 200 Hz .. 8 kHz: of the middle, since the high pass or the hiss of one
+    file should not move its whole curve.
+    """
     freq_hz_M = evidence.band_hz(sample_rate)
     kept_M = freq_hz_M <= top_hz
     level_M = evidence.evidence(audio_T, sample_rate).power_db[kept_M]
-    return freq_hz_M[kept_M], level_M - level_M.mean()
+    freq_hz_M = freq_hz_M[kept_M]
+    middle_M = (freq_hz_M >= 200) & (freq_hz_M <= 8000)
+    return freq_hz_M, level_M - level_M[middle_M].mean()
 
 
 def _draw_spectra(axes: Any, scene: Scene) -> None:
@@ -95,7 +101,7 @@ def _draw_spectra(axes: Any, scene: Scene) -> None:
         floor, ceiling = min(floor, float(level_M.min())), max(ceiling, float(level_M.max()))
     axes.set_ylim(max(floor, ceiling - 70) - 3, ceiling + 3)
     axes.set_ylabel("long-term spectrum (dB)", color=_FAINT)
-    axes.legend(loc="lower left", frameon=False, fontsize=9, labelcolor=_INK)
+    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=_INK)
 
 
 def _draw_equaliser(axes: Any, settings: Settings) -> None:

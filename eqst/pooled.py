@@ -12,6 +12,7 @@ Arrays are [S, M]: statistic (mean power first, mean level second, then quantile
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 LOW_HZ = 34.0
 # Below this the long window is used.
 CROSSOVER_HZ = 480.0
-LONG_FACTOR = 4
+LONG_FACTOR = config.POOLED_WINDOW_FACTOR
 # Points of the EQ's curve averaged over a band's triangle.
 POINTS = np.array([-0.75, -0.375, 0.0, 0.375, 0.75])
-_LN_PER_DB = np.log(10.0) / 10.0
+_LN_PER_DB = math.log(10.0) / 10.0  # a Python number: numpy's would drag arrays to float64
 
 
 def centres_hz(features: config.Features, sample_rate: int) -> np.ndarray:
@@ -67,8 +68,8 @@ def _half_width_hz(features: config.Features, sample_rate: int) -> np.ndarray:
 
 
 def band_power(
-    features: config.Features, powers: tuple[jax.Array, jax.Array], sample_rate: int
-) -> tuple[jax.Array, jax.Array]:
+    features: config.Features, powers: tuple[jax.Array, ...], sample_rate: int
+) -> tuple[jax.Array, ...]:
     """Mean power per band from the STFT powers of both windows: [N_long, M_low], [N, M_high]."""
     return tuple(
         jnp.matmul(power_NF, jnp.asarray(bank_FM, jnp.float32), precision=jax.lax.Precision.HIGHEST)
@@ -77,7 +78,7 @@ def band_power(
 
 
 def pool(
-    features: config.Features, bands: tuple[jax.Array, jax.Array], *, extra_floor_db: float = 0.0
+    features: config.Features, bands: tuple[jax.Array, ...], *, extra_floor_db: float = 0.0
 ) -> jax.Array:
     """Statistics in dB from band powers over time, floored relative to the mean power.
 
@@ -122,7 +123,7 @@ def band_gain_db(features: config.Features, params: eq.EqParams, sample_rate: in
     )
     weight_P = (1.0 - np.abs(POINTS)) / np.sum(1.0 - np.abs(POINTS))
     power_MP = jnp.exp(_LN_PER_DB * gain_db_F.reshape(-1, len(POINTS)))
-    return jnp.log(jnp.sum(power_MP * weight_P.astype(np.float32), axis=-1)) / _LN_PER_DB
+    return jnp.log(jnp.sum(power_MP * weight_P.astype(np.float32)[None, :], axis=-1)) / _LN_PER_DB
 
 
 def warp(features: config.Features, stats_SM: jax.Array, factor: jax.Array) -> jax.Array:

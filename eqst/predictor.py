@@ -130,7 +130,9 @@ class _Network(nnx.Module):
             self.comparison = _Comparison(config, rngs)
         self.predictor = _Predictor(config, fed, outputs, rngs)
 
-    def __call__(self, input_XM: jax.Array, reference_XM: jax.Array, key: jax.Array | None):
+    def __call__(
+        self, input_XM: jax.Array, reference_XM: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
         if self.comparison_kind == "direct":
             a_L, b_L = input_XM.reshape(-1), reference_XM.reshape(-1)
             fed = jnp.concatenate([b_L - a_L, (a_L + b_L) / 2])
@@ -148,9 +150,14 @@ def _structure(config: Config) -> Any:
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Fresh parameters: a plain nested dict of float32 arrays."""
+    """Fresh parameters: a plain nested dict of float32 arrays, all its keys strings."""
     network = _Network(config, nnx.Rngs(key))
-    return nnx.to_pure_dict(nnx.state(network))
+    return _named(nnx.to_pure_dict(nnx.state(network)))
+
+
+def _named(tree: dict[Any, Any]) -> Params:
+    """The tree with string keys: layers are numbered, and a checkpoint loads with strings."""
+    return {str(k): _named(x) if isinstance(x, dict) else x for k, x in tree.items()}
 
 
 def _decode(config: Config, outputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -162,7 +169,7 @@ def _decode(config: Config, outputs: jax.Array) -> tuple[jax.Array, tuple[jax.Ar
     splits = np.cumsum(eq.grid_sizes(table))[:-1]
     logits = tuple(jnp.split(outputs.reshape(bands, -1), splits, axis=-1))
     unit = [
-        jnp.sum(jax.nn.softmax(logit, axis=-1) * jnp.asarray(grid, jnp.float32), axis=-1)
+        jnp.sum(jax.nn.softmax(logit, axis=-1) * jnp.asarray(grid, jnp.float32)[None], axis=-1)
         for logit, grid in zip(logits, eq.grid_units(table), strict=True)
     ]
     return jnp.stack(unit, axis=-1), logits
@@ -182,13 +189,13 @@ def apply(
       config: static.
       params: from `init`.
       normalisation: of the features.
-      input_XM, reference_XM: features from `observe`: [N, M] frames (any number) or [S, M] statistics.
+      input_XM, reference_XM: features from `observe`: [N, M] frames (any number) or [S, M]
+        statistics.
       key: for dropout while training; None afterwards.
     """
     network = nnx.merge(_structure(config), params)
-    input_XM, reference_XM = (
-        (x - normalisation.mean) / normalisation.scale for x in (input_XM, reference_XM)
-    )
+    mean_XM, scale_XM = (jnp.atleast_2d(x) for x in normalisation)
+    input_XM, reference_XM = ((x - mean_XM) / scale_XM for x in (input_XM, reference_XM))
     outputs, a_L, b_L, fed = network(input_XM, reference_XM, key)
     unit_KP, logits = _decode(config, outputs)
     return Prediction(unit_KP, logits, a_L, b_L, fed)

@@ -31,11 +31,11 @@ class Resident(NamedTuple):
     """
 
     indices: tuple[pairs.Index, ...]
-    samples_T: jax.Array
-    start_R: jax.Array
-    length_R: jax.Array
-    gain_R: jax.Array
-    banks: tuple[jax.Array, ...]
+    samples_T: jax.Array | np.ndarray
+    start_R: jax.Array | np.ndarray
+    length_R: jax.Array | np.ndarray
+    gain_R: jax.Array | np.ndarray
+    banks: tuple[jax.Array | np.ndarray, ...]
 
 
 def _margin(config: Config) -> int:
@@ -93,8 +93,8 @@ def _bank(
     progress: Callable[[str], None],
 ) -> np.ndarray:
     """[V, S, M] float16 statistics of every row of the index."""
-    rate, hop = corpus.sample_rate, pairs.hop_samples(corpus.sample_rate)
-    length, chunk = round(seconds * rate), 64
+    rate, chunk = corpus.sample_rate, 64
+    length = round(seconds * rate)
     recording_V = np.repeat(index.recording_R, index.count_R)
     rows = len(recording_V)
     measure = jax.jit(jax.vmap(lambda samples_T: observe.statistics(config, samples_T)))
@@ -104,7 +104,9 @@ def _bank(
         chosen = np.minimum(np.arange(begin, begin + chunk), rows - 1)
         audio_BT = np.stack(
             [
-                corpus.segment(int(recording_V[row]), int(index.hop_V[row]) * hop, length)
+                corpus.segment(
+                    int(recording_V[row]), pairs.first_sample(int(index.hop_V[row]), rate), length
+                )
                 for row in chosen
             ]
         )
@@ -127,7 +129,7 @@ def crop(resident: Resident, recording: jax.Array, start: jax.Array, length: int
       length: static.
     """
     first = resident.start_R[recording] + start
-    samples_T = jax.lax.dynamic_slice(resident.samples_T, (first,), (length,))
+    samples_T = jax.lax.dynamic_slice(jnp.asarray(resident.samples_T), (first,), (length,))
     position_T = start + jnp.arange(length)
     inside_T = (position_T >= 0) & (position_T < resident.length_R[recording])
     scaled_T = samples_T.astype(jnp.float32) * (resident.gain_R[recording] / 32768.0)
@@ -163,10 +165,12 @@ def pair(
     context_seconds = data.context_seconds if data.rendering == "exact" else 0.0
     context = round(context_seconds * rate)
     length = context + round(data.segment_seconds[length_index] * rate)
-    hop = pairs.hop_samples(rate)
-    input_T = crop(resident, plan.input_recording, plan.input_hop * hop - context, length)
-    reference_T = crop(
-        resident, plan.reference_recording, plan.reference_hop * hop - context, length
+    input_T, reference_T = (
+        crop(resident, recording, pairs.first_sample(hop, rate) - context, length)
+        for recording, hop in (
+            (plan.input_recording, plan.input_hop),
+            (plan.reference_recording, plan.reference_hop),
+        )
     )
     if data.rendering == "device":
         return *observe.rendered(config, input_T, reference_T, plan), plan.label_KP

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eqst import eq
+from eqst import biquad, eq
 from eqst.files import AudioError, write_json
 
 _TITLES = {"low_shelf": "low shelf", "peaking": "peaking", "high_shelf": "high shelf"}
@@ -65,26 +65,37 @@ def from_params(params: eq.EqParams, sample_rate: int) -> Settings:
 
 
 def peak_db(settings: Settings) -> float:
-    """Highest gain of the cascade in dB, 0 Hz to half the rate; of all bands together, not of the
-    largest alone. A grid of 1/48 octave, closer than a band of Q 10 is wide, and the bands' own
-    frequencies."""
-    top_hz = settings.sample_rate / 2
-    octaves = np.log2(top_hz / 10.0)
-    grid_hz = np.geomspace(10.0, top_hz, round(48 * octaves) + 1)
-    freq_hz_F = np.concatenate([[0.0], grid_hz, settings.params.freq_hz])
-    response_F = eq.response_db(settings.params, freq_hz_F, sample_rate=settings.sample_rate)
-    return float(np.asarray(response_F).max())
+    """Highest gain of the cascade in dB, 0 Hz to half the rate: of all bands together, not of the
+    largest alone.
+
+    Taken from the float64 sections that `render` runs, at once, where compiling the JAX response
+    takes a second; at frequencies even in log tan(pi f / rate), where every band is as wide as
+    its Q says, close enough for 0.01 dB at the sharpest.
+    """
+    lowest = np.tan(np.pi * 10.0 / settings.sample_rate)
+    angle_F = np.arctan(np.geomspace(lowest, 1 / lowest, round(-768 * np.log2(lowest))))
+    delay_F = np.exp(-2j * np.concatenate([[0.0], angle_F, [np.pi / 2]]))
+    sections = biquad.sos(*settings.params, kinds=eq.KINDS, sample_rate=settings.sample_rate)
+    response_F = np.ones(len(delay_F), complex)
+    for b0, b1, b2, _, a1, a2 in sections:
+        response_F *= (b0 + delay_F * (b1 + delay_F * b2)) / (1 + delay_F * (a1 + delay_F * a2))
+    return 20 * float(np.log10(np.abs(response_F).max()))
 
 
 def scale(params: eq.EqParams, amount: float) -> eq.EqParams:
     """The EQ with every gain in dB times `amount`: 0 is flat, 1 as predicted.
 
     Raises:
-      AudioError: an amount outside -2 .. 2; a negative one turns the match round.
+      AudioError: as `check_amount`.
     """
+    check_amount(amount)
+    return params._replace(gain_db=np.asarray(params.gain_db, np.float64) * amount)
+
+
+def check_amount(amount: float) -> None:
+    """Raises AudioError for an amount outside -2 .. 2; a negative one turns the match round."""
     if not -2.0 <= amount <= 2.0:
         raise AudioError(f"amount {amount:g} is outside -2 .. 2: 1 is the match as predicted")
-    return params._replace(gain_db=np.asarray(params.gain_db, np.float64) * amount)
 
 
 def table_text(settings: Settings) -> str:

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from eqst import checkpoint, corpus, eq, mesh, objective, observe, pairs, predictor, resident
+from eqst import checkpoint, command, corpus, eq, mesh, objective, observe, pairs, predictor, resident
 from eqst.card import CARD_NAME
-from eqst.config import Config, ConfigError, as_dict, from_dict, validate
+from eqst.config import Config, ConfigError, as_dict, validate
 from eqst.files import write_text
 
 EXIT_INTERRUPTED = 75
@@ -390,8 +390,9 @@ def _run(
         checkpoint.write_card(workdir, card)
         state, normalisation = make_state(), jax.device_put(normalisation, rules.params)
         saved.save(0, _saved_tree(state, normalisation))
-    held_out = config.data.valid_share > 0 or config.data.folds > 0
-    valid = valid_pairs(config, corpus.open_corpus(config.data, "valid", say))
+    choosing = corpus.open_corpus(config.data, "valid", say)
+    held_out = not set(choosing.talker_R) & set(recordings.talker_R)
+    valid = valid_pairs(config, choosing)
     valid = jax.device_put(valid, rules.params)
     say(f"valid: {len(valid.label_BKP)} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
     record = Record(workdir, int(state.step), config.train.tensorboard, say)
@@ -499,21 +500,15 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> None:
-    """Entry point."""
-    if len(argv) > 1:
-        sys.exit(f"eqst.train: unexpected argument {argv[1]!r}; settings are --config.key=value")
+def main() -> None:
+    """The command."""
     try:
-        train(
-            validate(flags.FLAGS.config), flags.FLAGS.workdir, lambda line: print(line, flush=True)
-        )
+        config = validate(flags.FLAGS.config)
+        train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
     except Interrupted as event:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        sys.exit(f"eqst.train: {error}")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    command.start("eqst.train", define_flags, main)

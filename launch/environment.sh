@@ -85,7 +85,7 @@ make_environment() {
   [ -x "$python" ] || "$base" -m venv "$venv"
   if ! "$python" -m pip install --disable-pip-version-check --constraint launch/constraints.txt \
     --editable ".[$installed]" 2>&1 | tee "$venv/install.log" |
-    awk '/^ *Collecting/ { if (++n % 10 == 0) print "  " n " packages found" }
+    awk '/^ *(Collecting|Processing) / { if (++n % 10 == 0) print "  " n " packages found" }
          /^ *Installing collected/ { print "  installing them" } { fflush() }'; then
     tail -n 15 "$venv/install.log" >&2
     fail "the installation failed (its last lines are above, all of them in $venv/install.log)"

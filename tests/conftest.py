@@ -13,7 +13,11 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)  # so that shardings mean something
 jax.config.update("jax_numpy_rank_promotion", "raise")  # [B] + [B, F] is always a mistake here
 
-import pytest  # noqa: E402 (the lines above come first on purpose)
+import numpy as np  # noqa: E402 (the lines above come first on purpose)
+import pytest  # noqa: E402
+from scipy.signal import lfilter  # noqa: E402
+
+from eqst import audio, config, corpus  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 LONG_TIMEOUT_SECONDS = 1200
@@ -34,6 +38,68 @@ def shared() -> Path:
     if not (folder / "manifest.csv").is_file():
         pytest.skip(f"no real recordings: {folder}/manifest.csv is absent (set EQST_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def configure():
+    """A function from dotted settings to a checked Config: configure({"train.steps": 5})."""
+
+    def make(changes: dict) -> config.Config:
+        values = config.as_dict(config.Config())
+        for key, value in changes.items():
+            *groups, name = key.split(".")
+            group = values
+            for part in groups:
+                group = group[part]
+            assert name in group, key
+            group[name] = value
+        return config.from_dict(values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bursts():
+    """A function (seed, seconds, rate) -> [T] float32: noise with a speech-like slope and pauses."""
+
+    def make(seed: int, seconds: float, rate: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        samples = round(seconds * rate)
+        noise_T = lfilter([1.0], [1.0, -0.9], rng.standard_normal(samples))
+        level = rng.choice([0.0, 0.05, 0.4, 1.0], size=samples // (rate // 4) + 2)
+        times = np.arange(samples) / (rate // 4)
+        envelope_T = np.interp(times, np.arange(len(level)), level)
+        return (0.05 * noise_T * envelope_T + 1e-5 * rng.standard_normal(samples)).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus_of():
+    """A function (sounds, rate) -> Corpus in memory, made without eqst's stores."""
+
+    def make(sounds: list[np.ndarray], rate: int) -> corpus.Corpus:
+        powers, gains, pieces = [], [], []
+        for samples_T in sounds:
+            power_J = audio.k_weighted_power(samples_T[:, None], rate)
+            gain = 10.0 ** ((-23.0 - audio.gated_loudness_lufs(power_J)) / 20.0)
+            powers.append(power_J * gain**2)
+            gains.append(gain)
+            pieces.append(np.round(samples_T * 32768.0).astype(np.int16))
+        length_R = np.array([len(x) for x in pieces], np.int64)
+        return corpus.Corpus(
+            sample_rate=rate,
+            talker_R=tuple(f"talker{i}" for i in range(len(sounds))),
+            store_R=np.zeros(len(sounds), np.int32),
+            start_R=np.concatenate([[0], np.cumsum(length_R)[:-1]]),
+            length_R=length_R,
+            gain_R=np.array(gains, np.float32),
+            weight_R=np.full(len(sounds), 1.0 / len(sounds)),
+            power_R=tuple(powers),
+            samples=(np.concatenate(pieces),),
+        )
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,38 @@
+"""How every entry point starts and fails: quiet logs, one line for a user's mistake, an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+# C++ libraries read these when they are loaded, so they are set before anything is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def start(name: str, define_flags: Callable[[], None], body: Callable[[], None]) -> None:
+    """Parses the flags and runs `body`; never a traceback for a user's mistake.
+
+    Args:
+      name: of the module, for messages ("eqst.train").
+      define_flags: called before parsing; defining flags here keeps imports free of them.
+      body: the command. ValueError, OSError, ImportError and FloatingPointError become one line
+        on stderr and exit code 1; SystemExit passes.
+    """
+    from absl import app, logging
+
+    def main(argv: list[str]) -> None:
+        # Orbax and JAX tell absl's log of every step they take.
+        logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1:
+            sys.exit(f"{name}: unexpected argument {argv[1]!r}; options look like --name=value")
+        try:
+            body()
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            sys.exit(f"{name}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"{name}: interrupted")
+
+    define_flags()
+    app.run(main)

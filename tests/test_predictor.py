@@ -1,0 +1,244 @@
+"""The network as a function: sizes of the seed's figures, purity, length, swap, decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqst import card, eq, predictor
+
+SMALL = {
+    "features.mel_bands": 16,
+    "features.window": 256,
+    "features.hop": 128,
+    "model.channels": 3,
+    "model.hidden": 16,
+    "model.blocks": 1,
+}
+VARIANTS = {
+    "linear_mel_bl": {"features.scale": "linear", "model.comparison": "subtract"},
+    "db_mel_bl": {"model.comparison": "subtract"},
+    "db_mel_pm": {},
+}
+
+
+def network(config, seed=0):
+    # The head starts near nothing; larger weights make every property show.
+    params = predictor.init(config, jax.random.key(seed))
+    params["predictor"]["head"]["kernel"] = params["predictor"]["head"]["kernel"] * 50.0
+    return params
+
+
+def frames(config, seed, count=40):
+    return jax.random.normal(jax.random.key(seed), (count, config.features.mel_bands))
+
+
+def unit_normalisation(config):
+    bands = config.features.mel_bands
+    return predictor.Normalisation(jnp.full(bands, 0.3), jnp.full(bands, 1.7))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_latents_of_the_papers_variants_are_2560(configure, changes):
+    config = configure(changes)
+    params = jax.eval_shape(lambda: predictor.init(config, jax.random.key(0)))
+    seen = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    norm = predictor.Normalisation(*(jax.ShapeDtypeStruct((128,), jnp.float32),) * 2)
+    said = jax.eval_shape(
+        lambda p, n, a, b: predictor.apply(config, p, n, a, b), params, norm, seen, seen
+    )
+    assert said.extracted_input.shape == said.extracted_reference.shape == said.fed.shape == (2560,)
+    assert said.unit_KP.shape == (4, 3)
+    assert [x.shape for x in said.logits] == [(4, 21), (4, 21), (4, 14)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"features.kind": "pooled", "model.comparison": "direct"}],
+    ids=["mel", "pooled"],
+)
+def test_init_is_deterministic_and_plain(configure, changes):
+    config = configure(SMALL | changes)
+    one, two, other = (predictor.init(config, jax.random.key(seed)) for seed in (3, 3, 4))
+
+    def plain(tree):
+        assert type(tree) is dict and all(type(key) is str for key in tree)
+        for leaf in tree.values():
+            if isinstance(leaf, dict):
+                plain(leaf)
+            else:
+                assert isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32
+
+    plain(one)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert not np.array_equal(
+        one["predictor"]["enter"]["kernel"], other["predictor"]["enter"]["kernel"]
+    )
+    # What a checkpoint gives back is the same tree, not one with other keys.
+    assert jax.tree.structure(one) == jax.tree.structure(card.nested(card.named_leaves(one)))
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 17, 200])
+def test_any_number_of_frames(configure, count):
+    config = configure(SMALL)
+    said = predictor.apply(
+        config,
+        network(config),
+        unit_normalisation(config),
+        frames(config, 0, count),
+        frames(config, 1, count + 5),
+    )
+    assert said.fed.shape == (48,) and np.all(np.isfinite(said.unit_KP))
+
+
+def test_stationary_features_say_the_same_at_any_length(configure):
+    """Constant frames: only the edges know how long the recording is, so long ones agree."""
+    config = configure(SMALL)
+    params, norm = network(config), unit_normalisation(config)
+    row = frames(config, 0, 1)
+
+    def at(count):
+        seen = jnp.tile(row, (count, 1))
+        return np.asarray(predictor.apply(config, params, norm, seen, 0.5 * seen).fed)
+
+    assert np.abs(at(800) - at(3200)).max() < 0.1 * np.abs(at(3200)).max()
+
+
+@pytest.mark.parametrize("head", ["grid", "continuous"])
+@pytest.mark.parametrize("comparison", ["learned", "subtract", "direct"])
+def test_vmap_is_the_loop_and_jit_is_not_jit(configure, comparison, head):
+    changes = SMALL | {"model.comparison": comparison, "model.head": head}
+    if comparison == "direct":
+        changes |= {"features.kind": "pooled", "data.sample_rate": 16000}
+    config = configure(changes)
+    params = network(config)
+    if comparison == "direct":
+        size = params["predictor"]["enter"]["kernel"].shape[0] // 2
+        norm = predictor.Normalisation(jnp.zeros((9, size // 9)), jnp.ones((9, size // 9)))
+        a, b = jax.random.normal(jax.random.key(5), (2, 3, 9, size // 9))
+    else:
+        norm = unit_normalisation(config)
+        a, b = (jnp.stack([frames(config, s + i) for i in range(3)]) for s in (0, 10))
+
+    def one(x, y):
+        return predictor.apply(config, params, norm, x, y)
+
+    together = jax.jit(jax.vmap(one))(a, b)
+    for i in range(3):
+        for batched, alone in zip(
+            jax.tree.leaves(together), jax.tree.leaves(one(a[i], b[i])), strict=True
+        ):
+            np.testing.assert_allclose(batched[i], alone, rtol=2e-4, atol=2e-5)
+    spread = np.asarray(together.unit_KP).std(axis=0).max()
+    assert spread > 1e-4  # the three pairs are not answered alike
+
+
+def test_normalisation_is_applied(configure):
+    config = configure(SMALL)
+    params, norm = network(config), unit_normalisation(config)
+    a, b = frames(config, 0), frames(config, 1)
+    said = predictor.apply(config, params, norm, a, b)
+    by_hand = predictor.apply(
+        config,
+        params,
+        predictor.Normalisation(jnp.zeros(16), jnp.ones(16)),
+        (a - 0.3) / 1.7,
+        (b - 0.3) / 1.7,
+    )
+    np.testing.assert_allclose(said.unit_KP, by_hand.unit_KP, atol=1e-5)
+
+
+def test_swap_negates_what_a_subtraction_feeds(configure):
+    config = configure(SMALL | {"model.comparison": "subtract"})
+    params, norm = network(config), unit_normalisation(config)
+    a, b = frames(config, 0), frames(config, 1)
+    there = predictor.apply(config, params, norm, a, b)
+    back = predictor.apply(config, params, norm, b, a)
+    np.testing.assert_array_equal(there.fed, -np.asarray(back.fed))
+    np.testing.assert_array_equal(there.fed, there.extracted_reference - there.extracted_input)
+    assert np.all(np.asarray(predictor.apply(config, params, norm, a, a).fed) == 0.0)
+
+
+def test_encoder_is_shared(configure):
+    config = configure(SMALL)
+    params, norm = network(config), unit_normalisation(config)
+    a, b = frames(config, 0), frames(config, 1)
+    there = predictor.apply(config, params, norm, a, b)
+    back = predictor.apply(config, params, norm, b, a)
+    np.testing.assert_array_equal(there.extracted_input, back.extracted_reference)
+    assert not np.array_equal(there.extracted_input, there.extracted_reference)
+
+
+def test_latents_keep_the_mel_axis(configure):
+    """A change of band m reaches only its neighbours: the mel axis is never strided."""
+    config = configure(SMALL | {"features.mel_bands": 40})
+    params, norm = network(config), unit_normalisation(config)
+    a = frames(config, 0)
+    nudged = a.at[:, 20].add(1.0)
+    before, after = (
+        np.asarray(predictor.apply(config, params, norm, x, x).extracted_input).reshape(3, 40)
+        for x in (a, nudged)
+    )
+    moved = np.flatnonzero(np.abs(after - before).max(axis=0) > 0)
+    reach = sum(width // 2 for width in config.model.kernel_mel)
+    assert moved.min() >= 20 - reach and moved.max() <= 20 + reach and 20 in moved
+
+
+def test_grid_head_decodes_to_its_expectation(configure):
+    config = configure(SMALL)
+    params, norm = network(config), unit_normalisation(config)
+    said = predictor.apply(config, params, norm, frames(config, 0), frames(config, 1))
+    for p, (logit_KG, grid_G) in enumerate(zip(said.logits, eq.grid_units(eq.PAPER), strict=True)):
+        weight_KG = np.exp(np.asarray(logit_KG, np.float64))
+        weight_KG /= weight_KG.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(said.unit_KP[:, p], weight_KG @ grid_G, atol=1e-5)
+
+
+def test_predictions_lie_in_the_cube(configure):
+    for head in ("grid", "continuous"):
+        config = configure(SMALL | {"model.head": head})
+        params = jax.tree.map(lambda x: 30.0 * x, network(config))
+        norm = unit_normalisation(config)
+        unit_KP = predictor.apply(
+            config, params, norm, frames(config, 0), frames(config, 1)
+        ).unit_KP
+        assert np.all((unit_KP >= 0.0) & (unit_KP <= 1.0 + 1e-6))
+
+
+def test_dropout_is_of_the_key_alone(configure):
+    config = configure(SMALL | {"model.dropout": 0.5})
+    params, norm = network(config), unit_normalisation(config)
+    a, b = frames(config, 0), frames(config, 1)
+
+    def said(key):
+        return np.asarray(predictor.apply(config, params, norm, a, b, key).unit_KP)
+
+    np.testing.assert_array_equal(said(jax.random.key(1)), said(jax.random.key(1)))
+    assert not np.array_equal(said(jax.random.key(1)), said(jax.random.key(2)))
+    np.testing.assert_array_equal(said(None), said(None))
+
+
+def test_bfloat16_is_inside_the_encoder_alone(configure):
+    config = configure(SMALL | {"model.bfloat16": True})
+    full = configure(SMALL)
+    params, norm = network(config), unit_normalisation(config)
+    a, b = frames(config, 0), frames(config, 1)
+    low, high = (predictor.apply(c, params, norm, a, b) for c in (config, full))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    # 8 bits of mantissa, three layers: about a per cent.
+    error = np.abs(np.asarray(low.fed) - np.asarray(high.fed)).max()
+    assert 0.0 < error < 0.05 * np.abs(high.fed).max()
+
+
+def test_audio_in_settings_out(configure, bursts):
+    config = configure(SMALL | {"data.sample_rate": 16000, "data.segment_seconds": [0.5]})
+    params, norm = network(config), unit_normalisation(config)
+    a, b = (jnp.asarray(bursts(seed, 1.0, 16000)) for seed in (0, 1))
+    settings = predictor.predict_audio(config, params, norm, a, b)
+    louder = predictor.predict_audio(config, params, norm, 10.0 * a, 0.1 * b)
+    for x, y, low, high in zip(
+        settings, louder, (30.0, -10.0, 0.11), (16000.1, 10.0, 10.01), strict=True
+    ):
+        assert x.shape == (4,) and np.all((x >= low) & (x <= high))
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
