@@ -3,10 +3,14 @@
 python -m eqst.train --config=configs/smoke.py --workdir=runs/smoke
 """
 
-import pathlib
-import runpy
+from eqst import config
 
 
 def get_config():
-    """Those of the file beside this one, wherever the command is started."""
-    return runpy.run_path(str(pathlib.Path(__file__).with_name("pooled.py")))["get_config"]()
+    """`config.pooled`, short, with a small evaluation."""
+    settings = config.pooled()
+    settings.train.steps = 4000
+    settings.evaluation.seconds = (1.0, 3.0, 10.0)
+    settings.evaluation.pairs = 240
+    settings.evaluation.tune_pairs = 400
+    return settings

@@ -5,11 +5,12 @@ A run's folder:
     config.json                 the card, see `eqst.card`
     checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest two)
     checkpoints/best/STEP/      an Orbax checkpoint of {"params": ..} (the best one)
-    .../STEP/eqst.json          our seal on each: a checksum for every leaf
+    .../STEP/eqst.json          our seal on each: a checksum for every file and every leaf
 
 The seal is written last and in one motion, so it is also what makes a checkpoint count: whatever
 a process killed at any moment leaves behind lacks it, is never read, and goes with the next save.
-Orbax itself verifies nothing: a flipped byte loads as different weights. Hence the checksums.
+Orbax itself may load a flipped byte as different weights. Hence the checksums: of the files, so
+that damage is known before Orbax meets it, and of the leaves, so that what comes out is what went in.
 """
 
 from __future__ import annotations
@@ -244,7 +245,9 @@ def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
     _wait_for_all(f"eqst may save {root.name} {step}")
     _orbax().save(folder, tree, checkpointable_name="state")
     if jax.process_index() == 0:
-        body = {"step": step, "metric": metric, "leaves": leaves}
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
+        body = {"step": step, "metric": metric, "files": files, "leaves": leaves}
         seal = {"format_version": FORMAT_VERSION, "sha256": digest(to_json(body)), "body": body}
         write_whole(folder / SEAL_NAME, to_json(seal))
     _wait_for_all(f"eqst saved {root.name} {step}")
@@ -296,7 +299,10 @@ def _newest_readable(
 
 
 def _read_seal(folder: epath.Path) -> dict[str, Any]:
-    """What was recorded of a checkpoint: its step, metric and leaves."""
+    """What was recorded of a checkpoint (step, metric, files, leaves), once its files are whole.
+
+    The files come first because Orbax, given a damaged one, fills the screen before it gives up.
+    """
     try:
         seal = json.loads((folder / SEAL_NAME).read_text())
         intact = seal["sha256"] == digest(to_json(seal["body"]))
@@ -304,6 +310,13 @@ def _read_seal(folder: epath.Path) -> dict[str, Any]:
         raise _Damaged(f"{SEAL_NAME} cannot be read: {type(error).__name__}") from error
     if not intact:
         raise _Damaged(f"{SEAL_NAME} does not match its own checksum")
+    for name, expected in seal["body"]["files"].items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise _Damaged(f"{name} cannot be read: {type(error).__name__}") from error
+        if digest(content) != expected:
+            raise _Damaged(f"{name} does not match its checksum")
     return seal["body"]
 
 
@@ -317,7 +330,7 @@ def _read_tree(
             saved = ocp.metadata(folder, checkpointable_name="state").metadata
             targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
         tree = ocp.load(folder, targets, checkpointable_name="state")
-    except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+    except Exception as error:
         raise _Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
     found = named_leaves(tree)
     for name, facts in leaves.items():

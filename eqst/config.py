@@ -240,6 +240,25 @@ def default() -> config_dict.ConfigDict:
     return _to_config_dict(Config())
 
 
+def pooled() -> config_dict.ConfigDict:
+    """The settings of our own model on top of the defaults; its config files start from these."""
+    settings = default()
+    settings.features.kind = "pooled"
+    settings.model.comparison = "direct"
+    settings.model.head = "continuous"
+    settings.data.rendering = "pooled"
+    settings.data.warp = 1.2
+    settings.data.curve_share = 0.5
+    settings.data.noise_share = 0.5
+    settings.loss.parameters = 0.24
+    settings.loss.gain = 0.005
+    settings.train.batch_size = 256
+    settings.train.log_every = 200
+    settings.train.eval_every = 1000
+    settings.train.checkpoint_every = 1000
+    return settings
+
+
 def _to_config_dict(config: Config) -> config_dict.ConfigDict:
     return config_dict.ConfigDict(dataclasses.asdict(config), type_safe=True).lock()
 

@@ -48,10 +48,13 @@ def search(
     that is one product of matrices. They and the guesses given, [n, S, 3 K], go through `ROUNDS`.
     """
     bands, points = len(problem.kinds), 3 * len(problem.kinds)
-    random = np.random.default_rng(0)
-    library_LKP = jnp.asarray(random.random((LIBRARY, bands, 3)), curve_nF.dtype)
+    library_LKP = np.random.default_rng(0).random((LIBRARY, bands, 3))
     axes = np.meshgrid(*(np.linspace(0.0, 1.0, size) for size in ATOMS), indexing="ij")
-    atom_AP = jnp.asarray(np.stack(axes, axis=-1).reshape(-1, 3), curve_nF.dtype)
+    atom_AP = np.stack(axes, axis=-1).reshape(-1, 3)
+    # The barrier keeps XLA from working out the responses of these constants while it compiles.
+    library_LKP, atom_AP = jax.lax.optimization_barrier(
+        (jnp.asarray(library_LKP, curve_nF.dtype), jnp.asarray(atom_AP, curve_nF.dtype))
+    )
     library_LKR = _band_rows(problem, library_LKP)
     atom_AKR = _band_rows(problem, jnp.repeat(atom_AP[:, None], bands, axis=1))
 

@@ -1,9 +1,9 @@
 """The space of equalisers: four bands, their ranges and grids, and the way back from a curve.
 
 One `EqTable` says every range once; unit cube, grids, sampling and clamping follow from it. A
-setting is an `EqParams` of arrays [..., K] (K bands, in the order of `KINDS`) or a point [..., K, 3]
-of the unit cube, whose last axis is `PARAMETERS`: log frequency, gain in dB and log Q, each 0 at the
-low end of its range and 1 at the high end.
+setting is an `EqParams` of arrays [..., K] (K bands, in the order of `KINDS`) or a point
+[..., K, 3] of the unit cube, whose last axis is `PARAMETERS`: log frequency, gain in dB and log Q,
+each 0 at the low end of its range and 1 at the high end.
 
 Functions of settings follow their arrays: numpy in, numpy float64 out; JAX in, JAX out, under jit,
 vmap and grad as well.

@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike
 
 from eqst import biquad, config, eq
 
-# Power below which a segment counts as digital silence (full scale is 1).
-TINY = 1e-20
+# Power below which a segment counts as digital silence (full scale is 1). Its square, which the
+# derivative divides by, is still a float32.
+TINY = 1e-18
 
 
 def mel(freq_hz: ArrayLike) -> np.ndarray:
@@ -83,8 +84,15 @@ def stft_power(samples_T: jax.Array, window: int, hop: int) -> jax.Array:
 
     Returns:
       [N, window // 2 + 1], N as in `frame_count`.
+
+    Raises:
+      ValueError: less than one window of audio.
     """
     frames = frame_count(samples_T.shape[-1], window, hop)
+    if frames < 1:
+        raise ValueError(
+            f"{samples_T.shape[-1]} samples do not fill a window of {window}: give more audio"
+        )
     hann_W = np.hanning(window + 1)[:-1]
     scaled_W = jnp.asarray(hann_W / np.sqrt(np.sum(hann_W**2)), jnp.float32)
     # Frames as shifted rows of hop-long blocks: a gather of every sample would cost more than

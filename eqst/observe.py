@@ -18,11 +18,20 @@ from eqst import eq, features, pairs, pooled
 from eqst.config import Config, Data, Features
 
 
+def hops(spec: Features) -> tuple[int, ...]:
+    """Samples between frames, for each window the features need: the same share of it."""
+    return tuple(size * spec.hop // spec.window for size in _windows(spec))
+
+
+def _windows(spec: Features) -> tuple[int, ...]:
+    return pooled.windows(spec) if spec.kind == "pooled" else (spec.window,)
+
+
 def _powers(spec: Features, samples_T: jax.Array) -> tuple[jax.Array, ...]:
     """STFT power, for each window the features need."""
-    sizes = pooled.windows(spec) if spec.kind == "pooled" else (spec.window,)
     return tuple(
-        features.stft_power(samples_T, size, size * spec.hop // spec.window) for size in sizes
+        features.stft_power(samples_T, size, hop)
+        for size, hop in zip(_windows(spec), hops(spec), strict=True)
     )
 
 
@@ -44,8 +53,7 @@ def heard(config: Config, samples_T: jax.Array) -> jax.Array:
 
 def least_samples(config: Config) -> int:
     """The shortest recording `heard` takes: its longest window."""
-    spec = config.features
-    return max(pooled.windows(spec)) if spec.kind == "pooled" else spec.window
+    return max(_windows(config.features))
 
 
 def _equalisers(config: Config, plan: pairs.Plan) -> tuple[eq.EqParams, eq.EqParams]:
@@ -147,7 +155,7 @@ def shifted(
     """Features of a pair from its segments' statistics without EQ, moved by the EQs' band gains.
 
     Args:
-      input_SM, reference_SM: [S, M] from `statistics`.
+      input_SM, reference_SM: [S, M] from `pool_dry`.
     """
     spec, rate, data = config.features, config.data.sample_rate, config.data
 
@@ -175,8 +183,13 @@ def _mean_power_db(stats_SM: jax.Array) -> jax.Array:
     return (total - jnp.log(1.0 * bands)) * (10.0 / jnp.log(10.0))
 
 
-def statistics(config: Config, samples_T: jax.Array) -> jax.Array:
-    """[S, M] statistics of a dry segment for `shifted`, level kept, floored 20 dB lower."""
-    spec = config.features
-    bands = pooled.band_power(spec, _powers(spec, samples_T), config.data.sample_rate)
-    return pooled.pool(spec, bands, extra_floor_db=-20.0)
+def bands(config: Config, samples_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Band powers over time of dry audio for `pool_dry`: [N, M] for the long and short window."""
+    return pooled.band_power(
+        config.features, _powers(config.features, samples_T), config.data.sample_rate
+    )
+
+
+def pool_dry(config: Config, long_NM: jax.Array, short_NM: jax.Array) -> jax.Array:
+    """[S, M] statistics of a dry segment for `shifted`: level kept, floored 20 dB lower."""
+    return pooled.pool(config.features, (long_NM, short_NM), extra_floor_db=-20.0)

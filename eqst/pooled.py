@@ -96,7 +96,7 @@ def pool(
     for band_NM in bands:
         level_NM = 10.0 * jnp.log10(band_NM + floor)
         mean_power_M = 10.0 * jnp.log10(jnp.mean(band_NM, axis=0) + floor)
-        quantile_QM = jnp.quantile(level_NM, jnp.asarray(QUANTILES), axis=0)
+        quantile_QM = jnp.quantile(level_NM, jnp.asarray(QUANTILES, jnp.float32), axis=0)
         columns.append(
             jnp.concatenate([mean_power_M[None], jnp.mean(level_NM, axis=0)[None], quantile_QM])
         )

@@ -7,6 +7,7 @@ kept: each possible segment's statistics are measured once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqst import eq, observe, pairs
+from eqst import eq, features, observe, pairs, pooled
 from eqst.config import Config
 from eqst.corpus import Corpus
 
@@ -85,6 +86,27 @@ def load(
     )
 
 
+# Long frames whose band powers are measured at a time, and rows whose statistics are.
+_FRAMES, _ROWS = 64, 64
+
+
+def _band_powers(config: Config, corpus: Corpus, recording: int, measure: Callable) -> list:
+    """Band powers of a whole recording, for the long and the short window: [N, M] each."""
+    spec, length = config.features, int(corpus.length_R[recording])
+    (long, short), hops = pooled.windows(spec), observe.hops(spec)
+    step = _FRAMES * hops[0]
+    parts = [
+        measure(corpus.segment(recording, start, step + long - hops[0]))
+        for start in range(0, max(length - long, 0) + 1, step)
+    ]
+    return [
+        np.concatenate([np.asarray(part[i]) for part in parts])[
+            : features.frame_count(length, window, hops[i])
+        ]
+        for i, window in enumerate((long, short))
+    ]
+
+
 def _bank(
     config: Config,
     corpus: Corpus,
@@ -92,30 +114,49 @@ def _bank(
     seconds: float,
     progress: Callable[[str], None],
 ) -> np.ndarray:
-    """[V, S, M] float16 statistics of every row of the index."""
-    rate, chunk = corpus.sample_rate, 64
-    length = round(seconds * rate)
-    recording_V = np.repeat(index.recording_R, index.count_R)
-    rows = len(recording_V)
-    measure = jax.jit(jax.vmap(lambda samples_T: observe.statistics(config, samples_T)))
+    """[V, S, M] float16 statistics of every row of the index.
+
+    Overlapping segments share their frames: a recording's band powers are measured once, and a
+    row takes the frames nearest to its start (within half a long hop, 46 ms).
+    """
+    spec, rate, length = config.features, corpus.sample_rate, round(seconds * corpus.sample_rate)
+    windows, hops = pooled.windows(spec), observe.hops(spec)
+    counts = [features.frame_count(length, w, hop) for w, hop in zip(windows, hops, strict=True)]
+    ratio = hops[0] // hops[1]
+    # The short window has more frames than the block is asked for at its end; they come next time.
+    keep = (_FRAMES, _FRAMES * ratio)
+
+    @jax.jit
+    def measure(samples_T: jax.Array) -> tuple[jax.Array, ...]:
+        bands = observe.bands(config, samples_T)
+        return tuple(band_NM[:count] for band_NM, count in zip(bands, keep, strict=True))
+
+    pool = jax.jit(jax.vmap(functools.partial(observe.pool_dry, config)))
     bank: np.ndarray | None = None
-    for begin in range(0, rows, chunk):
-        # The last chunk is filled up with its last row, so that one compilation serves all.
-        chosen = np.minimum(np.arange(begin, begin + chunk), rows - 1)
-        audio_BT = np.stack(
-            [
-                corpus.segment(
-                    int(recording_V[row]), pairs.first_sample(int(index.hop_V[row]), rate), length
-                )
-                for row in chosen
+    done, rows = 0, len(index.hop_V)
+    for first, count, recording in zip(
+        index.first_R, index.count_R, index.recording_R, strict=True
+    ):
+        frames = _band_powers(config, corpus, int(recording), measure)
+        last = max(min(len(frames[0]) - counts[0], (len(frames[1]) - counts[1]) // ratio), 0)
+        hop_V = index.hop_V[first : first + count]
+        start_V = np.array([pairs.first_sample(int(hop), rate) for hop in hop_V])
+        frame_V = np.minimum(np.round(start_V / hops[0]).astype(int), last)
+        for begin in range(0, count, _ROWS):
+            # The last rows are filled up with the last one, so that one compilation serves all.
+            chosen = frame_V[np.minimum(np.arange(begin, begin + _ROWS), count - 1)]
+            cut = [
+                np.stack([x[i * scale : i * scale + n] for i in chosen])
+                for x, n, scale in zip(frames, counts, (1, ratio), strict=True)
             ]
-        )
-        stats_BSM = np.asarray(measure(audio_BT), np.float16)
-        if bank is None:
-            bank = np.empty((rows, *stats_BSM.shape[1:]), np.float16)
-        bank[begin : begin + chunk] = stats_BSM[: rows - begin]
-        if begin // chunk % 100 == 99:
-            progress(f"statistics of {seconds:g} s segments: {begin + chunk} of {rows}")
+            stats_BSM = np.asarray(pool(*cut), np.float16)
+            if bank is None:
+                bank = np.empty((rows, *stats_BSM.shape[1:]), np.float16)
+            begin_row, end_row = first + begin, min(first + begin + _ROWS, first + count)
+            bank[begin_row:end_row] = stats_BSM[: end_row - begin_row]
+        if (done + count) * 4 // rows > done * 4 // rows:
+            progress(f"statistics of {seconds:g} s segments: {done + count} of {rows}")
+        done += int(count)
     assert bank is not None  # an index without rows is refused when it is built
     return bank
 

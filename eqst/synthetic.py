@@ -1,4 +1,14 @@
-"""HEAD"""
+"""The sound of synthetic talkers: what they say, how it sounds, how it is recorded.
+
+A source-filter synthesis in frames of 8 ms: pitch pulses and white noise are multiplied, frame by
+frame, by smooth envelopes on `talkers.GRID_HZ`, and overlap-added, some 100 times faster than real
+time on one core. It does not try to be intelligible. It tries to have the statistics that matter
+when equalisers are estimated: how the long-term spectra of talkers differ, how two short excerpts
+of one talker differ, and how the levels of each band are distributed over time.
+
+Sources: source-filter theory, Fant, "Acoustic Theory of Speech Production" (1960); glottal
+spectra, Doval et al., "The spectrum of glottal flow models" (2006). Phonetics: see `talkers`.
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -22,6 +32,8 @@ from eqst.talkers import (
 )
 
 HOP_S = 0.008  # frame step; the analysis window is twice as long
+DB_TO_NEPER = np.float32(np.log(10.0) / 20.0)
+Rng = np.random.Generator
 
 
 def synthesise(seed: int, talker: int, seconds: float, sample_rate: int = 44100) -> np.ndarray:
@@ -42,9 +54,7 @@ def synthesise(seed: int, talker: int, seconds: float, sample_rate: int = 44100)
     if seed < 0 or talker < 0:
         raise ValueError(f"seed and talker must be >= 0, got {seed} and {talker}")
     if not 16000 <= sample_rate <= 48000:
-        raise ValueError(
-            f"sample_rate must be 16000 .. 48000 Hz for a synthetic talker, got {sample_rate}"
-        )
+        raise ValueError(f"sample_rate of a talker must be 16000 .. 48000 Hz, got {sample_rate}")
     samples = round(seconds * sample_rate)
     if samples < 1:
         raise ValueError(f"seconds must be > 0, got {seconds}")
@@ -54,11 +64,8 @@ def synthesise(seed: int, talker: int, seconds: float, sample_rate: int = 44100)
     return _record(who.recording, rng, dry_T, sample_rate)
 
 
-# ---------------------------------------------------------------------------------------- the script
-
-
 class Piece(NamedTuple):
-    """A stretch of steady targets: what the voice aims at for `seconds`. Levels in dB, as in `Voice`."""
+    """Steady targets: what the voice aims at for `seconds`. Levels in dB, as in `Voice`."""
 
     seconds: float
     formants_hz: np.ndarray  # F1 .. F4
@@ -76,97 +83,76 @@ class Piece(NamedTuple):
     puff: float = 0.0  # air blown at the microphone, 0 .. 1
 
 
-def _consonant(
-    voice: Voice, rng, which: int, vowel_4, f0_octaves: float, effort_db: float, long: float
-):
-    """The pieces of one consonant before or after a vowel; `long` stretches it."""
+def _consonant(voice: Voice, rng: Rng, vowel: Piece, long: float) -> list[Piece]:
+    """The pieces of a random consonant beside the vowel; `long` stretches it."""
+    which = int(rng.choice(len(CONSONANT_ROWS), p=voice.consonant_weights_C))
     row = CONSONANT_ROWS[which]
     locus_3 = voice.tract * np.array((row.f1_hz, row.f2_hz, row.f3_hz))
-    formants = vowel_4.copy()
-    formants[:3] = locus_3 ** (0.7, 0.6, 0.6) * vowel_4[:3] ** (0.3, 0.4, 0.4)  # coarticulation
+    near = vowel.formants_hz
+    formants = near.copy()
+    formants[:3] = locus_3 ** (0.7, 0.6, 0.6) * near[:3] ** (0.3, 0.4, 0.4)  # coarticulation
     seconds = long * row.seconds * np.exp(rng.normal(0, 0.25))
-    noise_db = voice.noise_db_C[which] + 1.5 + rng.normal(0, 3.0) + 0.7 * effort_db
+    noise_db = voice.noise_db_C[which] + rng.normal(0, 3.0) + 0.7 * vowel.effort_db
+    quiet = Piece(seconds, formants, vowel.f0_octaves, vowel.effort_db)
+    bend = (near[1] / (1450.0 * voice.tract)) ** 0.1  # rounded lips lower the noise too
     rise_db, fall_db = voice.noise_slopes_C2[which]
-    noise = {
-        "noise_db": noise_db,
-        "noise_hz": voice.noise_hz_C[which]
-        * np.exp(rng.normal(0, 0.06))
-        * (vowel_4[1] / (1450 * voice.tract)) ** 0.1,
-        "rise_db": rise_db,
-        "fall_db": fall_db,
-        "phone": len(VOWELS) + which,
-    }
-    steady = (formants, f0_octaves, effort_db)
-    if row.manner == "fricative":
-        return [Piece(seconds, *steady, voice_db=row.voice_db, **noise)]
-    if row.manner == "aspirate":
-        return [Piece(seconds, vowel_4, f0_octaves, effort_db, breath_db=noise_db)]
-    if row.manner in ("nasal", "approximant"):
-        nasal = float(row.manner == "nasal")
-        return [
-            Piece(
-                seconds,
-                *steady,
-                voice_db=row.voice_db + rng.normal(0, 1.5),
-                breath_db=voice.breath_db,
-                nasal=nasal,
-            )
-        ]
-    closed = Piece(0.6 * seconds, *steady, voice_db=row.voice_db)
-    if row.manner == "affricate":
-        return [closed, Piece(0.7 * seconds, *steady, **noise)]
-    burst = Piece(
-        rng.uniform(0.008, 0.02),
-        *steady,
-        puff=rng.uniform(),
-        **(noise | {"noise_db": noise_db + 4.0}),
+    hiss = quiet._replace(
+        noise_db=noise_db,
+        noise_hz=voice.noise_hz_C[which] * np.exp(rng.normal(0, 0.06)) * bend,
+        rise_db=rise_db,
+        fall_db=fall_db,
+        phone=len(VOWELS) + which,
     )
+    if row.manner == "fricative":
+        return [hiss._replace(voice_db=row.voice_db)]
+    if row.manner == "aspirate":
+        return [quiet._replace(formants_hz=near, breath_db=noise_db)]
+    if row.manner in ("nasal", "approximant"):
+        level_db = row.voice_db + rng.normal(0, 1.5)
+        nasal = float(row.manner == "nasal")
+        return [quiet._replace(voice_db=level_db, breath_db=voice.breath_db, nasal=nasal)]
+    closed = quiet._replace(seconds=0.6 * seconds, voice_db=row.voice_db)
+    if row.manner == "affricate":
+        return [closed, hiss._replace(seconds=0.7 * seconds)]
+    burst_s = rng.uniform(0.008, 0.02)
+    burst = hiss._replace(seconds=burst_s, puff=rng.uniform(), noise_db=noise_db + 4.0)
     if row.voice_db > SILENT_DB:
         return [closed, burst]
-    return [closed, burst, Piece(rng.uniform(0.01, 0.06), *steady, breath_db=noise_db - 4.0)]
+    breath_s = rng.uniform(0.01, 0.06)
+    return [closed, burst, quiet._replace(seconds=breath_s, breath_db=noise_db - 4.0)]
 
 
 def _syllable(
-    voice: Voice, rng, f0_octaves: float, effort_db: float, stress_db: float, long: float
-):
-    """Pieces of consonant(s), vowel, consonant(s); in letter style sometimes a consonant alone."""
+    voice: Voice, rng: Rng, f0_octaves: float, effort_db: float, stress_db: float, long: float
+) -> list[Piece]:
+    """Pieces of consonant, vowel, consonant; in letter style sometimes a consonant alone."""
     phone = int(rng.choice(len(VOWELS), p=voice.vowel_weights_V))
-    vowel_4 = voice.vowels_V4[phone]
-    vowel_4 = vowel_4 * np.exp(rng.normal(0, 0.04, 4))
-    alone = voice.style == "letters" and rng.uniform() < 0.35
-
-    def consonant(long):
-        which = rng.choice(len(CONSONANT_ROWS), p=voice.consonant_weights_C)
-        return _consonant(voice, rng, which, vowel_4, f0_octaves, effort_db, long)
-
-    if alone:
-        return consonant(rng.uniform(1.5, 4.0))
+    formants = voice.vowels_V4[phone] * np.exp(rng.normal(0, 0.04, 4))
+    vowel = Piece(0.0, formants, f0_octaves, effort_db, phone=phone)
+    if voice.style == "letters" and rng.uniform() < 0.35:
+        return _consonant(voice, rng, vowel, rng.uniform(1.5, 4.0))
     seconds = long * voice.syllable_s * np.exp(rng.normal(0, 0.3))
     level_db = stress_db + rng.normal(0, 1.5)
-    vowel = Piece(
-        seconds / 3.0,
-        vowel_4,
-        f0_octaves,
-        effort_db,
+    vowel = vowel._replace(
+        seconds=seconds / 3.0,
         voice_db=level_db,
         breath_db=voice.breath_db + 0.5 * level_db,
         nasal=0.25 * (rng.uniform() < 0.15),
-        phone=phone,
     )
-    # Pitch and loudness move within the syllable, more so in a long last one; formants drift a little.
+    # Pitch and loudness move within the syllable, more in a long last one; formants drift a little.
     glide = 0.6 * voice.f0_octaves * (rng.normal(0.2, 0.6) + (long > 1.0))
     first = vowel._replace(f0_octaves=f0_octaves + glide, voice_db=level_db - 1.5)
     third = vowel._replace(
         f0_octaves=f0_octaves - glide,
         voice_db=level_db - rng.uniform(1.0, 5.0) * long,
-        formants_hz=vowel_4 * np.exp(rng.normal(0, 0.08, 4)),
+        formants_hz=formants * np.exp(rng.normal(0, 0.08, 4)),
     )
-    before = consonant(1.0) if rng.uniform() < 0.85 else []
-    after = consonant(1.0) if rng.uniform() < 0.35 else []
+    before = _consonant(voice, rng, vowel, 1.0) if rng.uniform() < 0.85 else []
+    after = _consonant(voice, rng, vowel, 1.0) if rng.uniform() < 0.35 else []
     return [*before, first, vowel, third, *after]
 
 
-def _script(voice: Voice, rng: np.random.Generator, seconds: float) -> list[Piece]:
+def _script(voice: Voice, rng: Rng, seconds: float) -> list[Piece]:
     """Utterances and pauses, until `seconds` are filled."""
     neutral_4 = voice.tract * np.array((500.0, 1450.0, 2450.0, 3500.0))
     pieces = [Piece(rng.uniform(0.0, 0.2), neutral_4, 0.0, 0.0)]
@@ -175,57 +161,49 @@ def _script(voice: Voice, rng: np.random.Generator, seconds: float) -> list[Piec
     while spoken_s < seconds:
         count = rng.integers(low, high + 1)
         effort_db = rng.normal(0, voice.effort_db)
-        start, fall = (
-            rng.normal(0.1, 0.25) * voice.f0_octaves,
-            rng.normal(1.6, 0.8) * voice.f0_octaves,
-        )
-        start += 0.03 * effort_db
-        new = []
+        start = rng.normal(0.1, 0.25) * voice.f0_octaves + 0.03 * effort_db
+        fall = rng.normal(1.6, 0.8) * voice.f0_octaves
+        new: list[Piece] = []
         for place in range(count):
             done = place / count
             stress_db = rng.normal(0, 2.5) - 5.0 * done**3
-            f0 = (
-                start
-                + fall * (0.5 - done)
-                + voice.f0_octaves * rng.normal(0, 0.7)
-                + 0.02 * stress_db
-            )
+            accent = voice.f0_octaves * rng.normal(0, 0.7) + 0.02 * stress_db
+            f0 = start + fall * (0.5 - done) + accent
             last = place == count - 1
             f0 -= 0.9 * (last and rng.uniform() < voice.creak)
             long = 1.5 if last else 1.0
             new += _syllable(voice, rng, f0, effort_db, stress_db, long)
         quiet_s = voice.pause_s * np.exp(rng.normal(0, 0.4))
-        rest = (neutral_4, new[-1].f0_octaves, 0.0)
+        rest = Piece(quiet_s, neutral_4, new[-1].f0_octaves, 0.0)
         if rng.uniform() < voice.breaths:
-            new += [
-                Piece(0.6 * quiet_s, *rest),
-                Piece(rng.uniform(0.15, 0.4), *rest, breath_db=rng.normal(-30, 4)),
-            ]
-        new.append(Piece(quiet_s, *rest))
+            breath_s = rng.uniform(0.15, 0.4)
+            breath = rest._replace(seconds=breath_s, breath_db=rng.normal(-30, 4))
+            new += [rest._replace(seconds=0.6 * quiet_s), breath]
+        new.append(rest)
         take += int(rng.uniform() < 0.4)
         pieces += [piece._replace(take=take) for piece in new]
         spoken_s += sum(piece.seconds for piece in new)
     return pieces
 
 
-# ------------------------------------------------------------------------------- speech in dry frames
-
-
-def _smooth(track_N, frames: int):
+def _smooth(track_N: np.ndarray, frames: int) -> np.ndarray:
     """Moving average of a track [N, ...] over an odd number of frames, Hann weighted."""
     kernel = np.hanning(frames + 2)[1:-1]
     return scipy.ndimage.convolve1d(track_N, kernel / kernel.sum(), axis=0, mode="nearest")
 
 
-def _drift(rng, count: int, frames: int):
+def _drift(rng: Rng, count: int, frames: int) -> np.ndarray:
     """Slow random track [N] of unit variance."""
     track_N = _smooth(rng.normal(size=count + 4 * frames), frames)
     return (track_N / track_N.std())[2 * frames : 2 * frames + count]
 
 
 @cache
-def _to_bins(sample_rate: int, size: int):
-    """Matrices [G, F] from levels in dB on the grid to dB on FFT bins, and to minimum phase in radians."""
+def _to_bins(sample_rate: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices [G, F] from dB on the grid to dB on FFT bins, and to minimum phase in radians.
+
+    Minimum phase is linear in the level (Hilbert transform, here by the folded real cepstrum).
+    """
     bins_hz = np.fft.rfftfreq(size, 1.0 / sample_rate)
     to_level_GF = np.array([np.interp(bins_hz, GRID_HZ, unit) for unit in np.eye(len(GRID_HZ))])
     cepstrum = np.fft.irfft(to_level_GF * (np.log(10.0) / 20.0), size)
@@ -235,33 +213,34 @@ def _to_bins(sample_rate: int, size: int):
     return to_level_GF.astype(np.float32), to_phase_GF.astype(np.float32)
 
 
-def _pulses(voice: Voice, rng, f0_hz_N, hop: int, samples: int, sample_rate: int):
-    """Pitch pulses [T] with jitter and shimmer; unit mean power, spectrally flat to near Nyquist."""
+def _pulses(
+    voice: Voice, rng: Rng, f0_hz_N: np.ndarray, hop: int, samples: int, sample_rate: int
+) -> np.ndarray:
+    """Pitch pulses [T] with jitter and shimmer; mean power 1, flat to near Nyquist."""
     f0_hz_T = np.interp(np.arange(samples), hop * np.arange(len(f0_hz_N)), f0_hz_N)
     cycles_T = np.cumsum(f0_hz_T / sample_rate)
     marks = np.interp(np.arange(1.0, cycles_T[-1]), cycles_T, np.arange(samples))
     period = sample_rate / np.interp(marks, np.arange(samples), f0_hz_T)
     marks = marks + period * voice.jitter * rng.normal(size=len(marks))
     height = np.sqrt(period) * np.exp(voice.shimmer * rng.normal(size=len(marks)))
-    first = np.floor(marks).astype(int) - 7
-    place = first[:, None] + np.arange(16)
+    place = np.floor(marks).astype(int)[:, None] + np.arange(-7, 9)
     offset = place - marks[:, None]
     shape = np.sinc(offset) * np.cos(np.pi * offset / 17.0) ** 2  # fractional delay, windowed
-    keep = (place >= 0) & (place < samples)
-    weights = (height[:, None] * shape)[keep]
-    return np.bincount(place[keep], weights, minlength=samples).astype(np.float32)
+    shape[(place < 0) | (place >= samples)] = 0.0
+    place = np.clip(place, 0, samples - 1).ravel()
+    return np.bincount(place, (height[:, None] * shape).ravel(), samples).astype(np.float32)
 
 
-def _frames(signal_T, count: int, hop: int, size: int):
-    """Spectra [N, F] of Hann frames two hops long centred on n * hop; they overlap-add to the signal."""
+def _frames(signal_T: np.ndarray, count: int, hop: int, size: int) -> np.ndarray:
+    """Spectra [N, F] of Hann frames two hops long, centred on n * hop."""
     window = scipy.signal.get_window("hann", 2 * hop).astype(np.float32)
     padded = np.concatenate([np.zeros(hop, np.float32), signal_T, np.zeros(3 * hop, np.float32)])
     view = np.lib.stride_tricks.sliding_window_view(padded, 2 * hop)[::hop][:count]
     return scipy.fft.rfft(view * window, size)
 
 
-def _overlap_add(spectrum_NF, hop: int, size: int, samples: int):
-    """The signal [T] whose `_frames` were multiplied by something."""
+def _overlap_add(spectrum_NF: np.ndarray, hop: int, size: int, samples: int) -> np.ndarray:
+    """The inverse of `_frames` [T]; multiplying the spectra before it filters the signal."""
     frames_NT = scipy.fft.irfft(spectrum_NF, size)
     out_T = np.zeros((len(frames_NT) - 1) * hop + size, np.float32)
     for index, frame in enumerate(frames_NT):
@@ -269,21 +248,21 @@ def _overlap_add(spectrum_NF, hop: int, size: int, samples: int):
     return out_T[hop : hop + samples]
 
 
-def _envelopes(who: Talker, track, mean_bins_G):
-    """Levels [N, G] in dB of what multiplies the pulses and of what multiplies the noise."""
-    voice = who.voice
+def _envelopes(
+    voice: Voice, track: dict[str, np.ndarray], mean_bins_G: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Level [N, G] in dB of the filter of the pulses, and power [N, G] of that of the noise."""
     freq_G = GRID_HZ.astype(np.float32)
-    formants_N4 = track["formants_hz"]
-    ratio = np.ones((len(formants_N4), len(freq_G)), np.float32)
-    for centre_N in formants_N4.T:
+    ratio = np.ones((len(track["formants_hz"]), len(freq_G)), np.float32)
+    for centre_N in track["formants_hz"].T:
         width_N = voice.bandwidth * formant_width_hz(centre_N)
         square_NG = (freq_G / centre_N[:, None]) ** 2
         ratio *= (1.0 - square_NG) ** 2 + square_NG * ((width_N / centre_N) ** 2)[:, None]
     tract_NG = -10.0 * np.log10(ratio) + voice.high_tract_db_G.astype(np.float32)
-    tract_NG += track["nasal"][:, None] * voice.nasal_db_G.astype(np.float32)
     colour_NG = voice.colours_db_PG.astype(np.float32)[track["phone"]]
-    tract_NG += colour_NG
-    # Glottal flow derivative: +6 dB an octave to the glottal formant, -6 above, -12 above the tilt corner.
+    tract_NG += colour_NG + track["nasal"][:, None] * voice.nasal_db_G.astype(np.float32)
+    # The derivative of the glottal flow rises 6 dB an octave to the glottal formant, then falls
+    # by 6, and by 12 above the tilt corner, which effort raises.
     effort_N = track["effort_db"]
     below_NG = freq_G / (voice.glottal_peak * track["f0_hz"])[:, None]
     tilt_N = voice.tilt_hz * 2.0 ** (effort_N / 4.0)
@@ -292,7 +271,7 @@ def _envelopes(who: Talker, track, mean_bins_G):
     voiced_NG = tract_NG + source_NG
     loud = track["voice"] > 0.5 * track["voice"].max()
     level_N = 10.0 * np.log10(10.0 ** (voiced_NG / 10.0) @ mean_bins_G)
-    # Half of what the tract gives open vowels over close ones, speakers take back.
+    # Speakers take back half of what the tract gives open vowels over close ones.
     level_N = 0.5 * (level_N + level_N[loud].mean())
     voiced_NG += (20.0 * np.log10(track["voice"]) + effort_N - level_N)[:, None]
     # Noise made at the glottis passes the tract; noise made at the front has its own shape.
@@ -307,8 +286,22 @@ def _envelopes(who: Talker, track, mean_bins_G):
     return voiced_NG, breath_NG + front_NG
 
 
-def _speak(who: Talker, rng: np.random.Generator, samples: int, sample_rate: int) -> np.ndarray:
-    """Dry speech and acoustic noise floor [T]; mean power about that of a vowel of level 0 dB."""
+def _floor(
+    recording: Recording, rng: Rng, puff_N: np.ndarray, mean_bins_G: np.ndarray
+) -> np.ndarray:
+    """Power [N, G] of the noise of the place against that of the speech: hiss, rumble and puffs."""
+    hiss_G = 10.0 ** (recording.floor_colour_db_G / 10.0)
+    hiss_G /= hiss_G @ mean_bins_G
+    rumble_G = 1.0 / (1.0 + (GRID_HZ / 50.0) ** 5)
+    rumble_G /= rumble_G @ mean_bins_G
+    rumble_N = 10.0 ** (0.1 * recording.rumble_db + 0.5 * _drift(rng, len(puff_N), 201))
+    rumble_N += 10.0 ** (0.1 * recording.puff_db) * _smooth(puff_N, 7)
+    hiss_N = 10.0 ** (0.1 * recording.floor_db + 0.2 * _drift(rng, len(puff_N), 201))
+    return np.outer(hiss_N, hiss_G) + np.outer(rumble_N, rumble_G)
+
+
+def _speak(who: Talker, rng: Rng, samples: int, sample_rate: int) -> np.ndarray:
+    """Dry speech and the noise of the place [T]; a vowel has a mean power of about 1."""
     hop = round(HOP_S * sample_rate)
     size = 1 << (4 * hop).bit_length()
     count = -(-samples // hop) + 1
@@ -316,7 +309,7 @@ def _speak(who: Talker, rng: np.random.Generator, samples: int, sample_rate: int
     ends_s = np.cumsum([piece.seconds for piece in pieces])
     which_N = np.minimum(np.searchsorted(ends_s, np.arange(count) * HOP_S), len(pieces) - 1)
 
-    def held(field):
+    def held(field: str) -> np.ndarray:
         return np.array([getattr(piece, field) for piece in pieces], np.float32)[which_N]
 
     track = {
@@ -324,41 +317,26 @@ def _speak(who: Talker, rng: np.random.Generator, samples: int, sample_rate: int
         "f0_hz": who.voice.f0_hz * 2.0 ** _smooth(held("f0_octaves"), 21),
         "effort_db": _smooth(held("effort_db"), 9),
         "nasal": _smooth(held("nasal"), 5),
-        "noise_hz": held("noise_hz"),
-        "rise_db": held("rise_db"),
-        "fall_db": held("fall_db"),
         "phone": held("phone").astype(int),
     }
+    track |= {name: held(name) for name in ("noise_hz", "rise_db", "fall_db")}
     for name in ("voice", "breath", "noise"):
         track[name] = _smooth(10.0 ** (held(name + "_db") / 20.0), 3)
     track["f0_hz"] = np.clip(track["f0_hz"] * 2.0 ** (0.01 * _drift(rng, count, 15)), 60.0, 500.0)
     to_level_GF, to_phase_GF = _to_bins(sample_rate, size)
     mean_bins_G = to_level_GF.mean(1)
-    voiced_NG, noise_NG = _envelopes(who, track, mean_bins_G)
+    voiced_NG, noise_NG = _envelopes(who.voice, track, mean_bins_G)
     takes = held("take").astype(int)
-    position_UG = np.array(
-        [random_curve(rng, who.recording.position_db, 1.0) for _ in range(takes.max() + 1)],
-        np.float32,
-    )
-    voiced_NG += position_UG[takes]
-    noise_NG *= 10.0 ** (position_UG[takes] / 10.0)
-    speech_power = (10.0 ** (voiced_NG / 10.0) @ mean_bins_G).mean() + (
-        noise_NG @ mean_bins_G
-    ).mean()
-    floor_G = 10.0 ** (who.recording.floor_colour_db_G / 10.0)
-    floor_G *= speech_power * 10.0 ** (who.recording.floor_db / 10.0) / (floor_G @ mean_bins_G)
-    rumble_G = 1.0 / (1.0 + (GRID_HZ / 50.0) ** 5)
-    rumble_G *= speech_power / (rumble_G @ mean_bins_G)
-    unsteady_N = 10.0 ** (0.5 * _drift(rng, count, 201))
-    unsteady_N = 10.0 ** (who.recording.rumble_db / 10.0) * unsteady_N
-    unsteady_N += 10.0 ** (who.recording.puff_db / 10.0) * _smooth(held("puff"), 7)
-    steady_N = 10.0 ** (0.2 * _drift(rng, count, 201))
-    noise_NG += np.outer(steady_N, floor_G) + np.outer(unsteady_N, rumble_G)
+    takes_db = [random_curve(rng, who.recording.position_db, 1.0) for _ in range(takes.max() + 1)]
+    position_NG = np.array(takes_db, np.float32)[takes]
+    voiced_NG = np.maximum(voiced_NG + position_NG, -120.0).astype(np.float32)
+    noise_NG *= 10.0 ** (position_NG / 10.0)
+    speech_power = ((10.0 ** (voiced_NG / 10.0) + noise_NG) @ mean_bins_G).mean()
+    noise_NG += speech_power * _floor(who.recording, rng, held("puff"), mean_bins_G)
     noise_NG = noise_NG.astype(np.float32)
     pulses_T = _pulses(who.voice, rng, track["f0_hz"], hop, samples, sample_rate)
     hiss_T = rng.standard_normal(samples, np.float32)
-    voiced_NG = np.maximum(voiced_NG, -120.0).astype(np.float32)
-    amp_NF = np.exp((voiced_NG * np.float32(np.log(10) / 20)) @ to_level_GF)
+    amp_NF = np.exp((voiced_NG * DB_TO_NEPER) @ to_level_GF)
     phase_NF = voiced_NG @ to_phase_GF
     spectrum_NF = _frames(pulses_T, count, hop, size) * amp_NF
     spectrum_NF *= np.cos(phase_NF) + 1j * np.sin(phase_NF)
@@ -366,17 +344,13 @@ def _speak(who: Talker, rng: np.random.Generator, samples: int, sample_rate: int
     return _overlap_add(spectrum_NF, hop, size, samples)
 
 
-# ----------------------------------------------------------------------------------------- recording
-
-
-def _record(recording: Recording, rng: np.random.Generator, dry_T, sample_rate: int) -> np.ndarray:
+def _record(recording: Recording, rng: Rng, dry_T: np.ndarray, sample_rate: int) -> np.ndarray:
     """Room, microphone, hum, codec, gate and level."""
     samples = len(dry_T)
-    size = 4096
-    level_GF, phase_GF = _to_bins(sample_rate, size)
-    over = np.maximum(GRID_HZ - recording.codec_hz, 0.0)
-    response_db_G = recording.response_db_G - np.minimum(80.0 * over / 400.0, 80.0)
-    response = np.exp(np.log(10) / 20 * response_db_G @ level_GF + 1j * (response_db_G @ phase_GF))
+    level_GF, phase_GF = _to_bins(sample_rate, 4096)
+    cut_db_G = np.clip((GRID_HZ - recording.codec_hz) / 5.0, 0.0, 80.0)  # 80 dB within 400 Hz
+    response_db_G = recording.response_db_G - cut_db_G
+    response = np.exp(DB_TO_NEPER * response_db_G @ level_GF + 1j * (response_db_G @ phase_GF))
     filter_T = np.fft.irfft(response)
     room_T = np.zeros(round(max(recording.reverb_s, 0.03) * sample_rate))
     time_s = np.arange(len(room_T)) / sample_rate
@@ -389,8 +363,8 @@ def _record(recording: Recording, rng: np.random.Generator, dry_T, sample_rate: 
     filter_T = scipy.signal.oaconvolve(room_T, filter_T).astype(np.float32)
     wet_T = scipy.signal.oaconvolve(dry_T, filter_T)[:samples]
     rms = np.sqrt(np.mean(wet_T**2) + 1e-20)
-    time_s = np.arange(samples) / sample_rate
     if recording.hum_db > SILENT_DB:
+        time_s = np.arange(samples) / sample_rate
         for harmonic, height in zip((1, 2, 3, 5), (1.0, 0.5, 0.4, 0.2), strict=True):
             wave = np.sin(2 * np.pi * recording.hum_hz * harmonic * time_s)
             wet_T += rms * np.sqrt(2.0) * 10.0 ** (recording.hum_db / 20.0) * height * wave
@@ -398,13 +372,12 @@ def _record(recording: Recording, rng: np.random.Generator, dry_T, sample_rate: 
         wet_T *= _gate(wet_T / rms, recording.gate_db, sample_rate)
     if recording.codec_hz < np.inf:
         wet_T = _codec(wet_T.astype(np.float32), recording.codec_floor_db)
-    gain = 10.0 ** (recording.level_db / 20.0) / rms
-    gain = min(gain, 0.97 / (np.abs(wet_T).max() + 1e-9))
+    gain = min(10.0 ** (recording.level_db / 20.0) / rms, 0.97 / (np.abs(wet_T).max() + 1e-9))
     return (gain * wet_T + recording.offset).astype(np.float32)
 
 
-def _gate(wet_T, gate_db: float, sample_rate: int):
-    """Gain 0 .. 1 [T] of a noise gate that closes after 50 ms under the threshold."""
+def _gate(wet_T: np.ndarray, gate_db: float, sample_rate: int) -> np.ndarray:
+    """Gain 0 .. 1 [T] of a noise gate that opens and closes 50 ms around what is loud enough."""
     step = round(0.01 * sample_rate)
     blocks = -(-len(wet_T) // step)
     level_N = np.pad(wet_T, (0, blocks * step - len(wet_T))).reshape(blocks, step)
@@ -413,8 +386,8 @@ def _gate(wet_T, gate_db: float, sample_rate: int):
     return np.interp(np.arange(len(wet_T)), (np.arange(blocks) + 0.5) * step, open_N)
 
 
-def _codec(wet_T, floor_db: float):
-    """What a lossy codec does to quiet treble: bands too weak to hear are left out, block by block."""
+def _codec(wet_T: np.ndarray, floor_db: float) -> np.ndarray:
+    """A lossy codec leaves out treble bands that are too weak to hear, block by block."""
     hop, width = 512, 16
     spectrum_NF = _frames(wet_T, -(-len(wet_T) // hop) + 1, hop, 2 * hop)
     power_NB = (np.abs(spectrum_NF[:, :-1]) ** 2).reshape(len(spectrum_NF), -1, width).sum(2)
@@ -422,7 +395,6 @@ def _codec(wet_T, floor_db: float):
     band_B = np.arange(power_NB.shape[1])
     # Hearing needs more level towards the top, and more under a loud bass.
     least_B = 10.0 ** ((floor_db + 0.7 * np.maximum(band_B - 10, 0)) / 10.0)
-    least_NB = np.maximum(least_B * total_N1.mean(), least_B * total_N1)
-    keep_NB = (power_NB > least_NB) | (band_B < 6)
+    keep_NB = (power_NB > least_B * np.maximum(total_N1, total_N1.mean())) | (band_B < 6)
     spectrum_NF[:, :-1] *= np.repeat(keep_NB, width, axis=1)
     return _overlap_add(spectrum_NF, hop, 2 * hop, len(wet_T))

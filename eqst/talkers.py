@@ -1,30 +1,21 @@
-"""Synthetic talkers: full-band speech-like audio from two integers, and nothing recorded.
+"""Synthetic talkers: who they are. The sound is made by `synthetic`.
 
-A talker is a voice (glottal source, vocal tract, fricatives, manner of speaking) and a recording (room,
-microphone, noise floor, codec), all drawn from (seed, talker). The audio is a source-filter synthesis in
-frames of 8 ms: pitch pulses and white noise are each multiplied, frame by frame, by a smooth envelope
-on `GRID_HZ`, and overlap-added. It does not try to be intelligible. It tries to have the statistics
-that matter when equalisers are estimated from speech: how long-term spectra differ between talkers,
-how two short excerpts of one talker differ, and how levels in each band are distributed over time.
+A talker is a voice (glottal source, vocal tract, consonants, manner of speaking) and a recording
+(room, microphone, noise floor, codec), all drawn from two integers; nothing is recorded.
 
-Sources: source-filter theory and higher-pole behaviour, Fant, "Acoustic Theory of Speech Production"
-(1960); vowel formants of men as averaged by Peterson and Barney (1952), rounded; glottal spectra,
-Doval, d'Alessandro, Henrich, "The spectrum of glottal flow models" (2006); consonant spectra and
-loci, Stevens, "Acoustic Phonetics" (1998). The spreads were set by hand until coarse statistics (mean
-and deviation per third of an octave) resembled those of recorded talkers.
+Sources: vowel formants of men as averaged by Peterson and Barney (1952), rounded; consonant noise,
+loci and nasals, Stevens, "Acoustic Phonetics" (1998); higher poles, Fant, "Acoustic Theory of
+Speech Production" (1960). The spreads were set by hand until coarse statistics of the audio (mean
+and deviation per third of an octave, over talkers and over time) resembled those of recorded
+talkers.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
 import scipy.interpolate
-import scipy.ndimage
-import scipy.signal
 
-HOP_S = 0.008  # frame step; the analysis window is twice as long
 SILENT_DB = -90.0
 # Envelopes live on this grid: 30 Hz apart where formants are narrow, then 2.8 % apart, to 24 kHz.
 GRID_HZ = np.concatenate([np.arange(0.0, 1200.0, 30.0), np.geomspace(1200.0, 24000.0, 110)])
@@ -155,12 +146,9 @@ class Talker:
 
 
 def random_talker(seed: int, talker: int) -> Talker:
-    """Draws talker number `talker` (>= 0) of the corpus `seed` (>= 0). The same numbers, the same talker."""
+    """Draws a talker: the same corpus `seed` and number `talker` (both >= 0), the same talker."""
     rng = np.random.default_rng([seed, talker, 0])
     return Talker(_random_voice(rng), _random_recording(rng))
-
-
-# ---------------------------------------------------------------------------------- drawing a talker
 
 
 def random_curve(rng: np.random.Generator, deviation_db: float, octaves: float) -> np.ndarray:
@@ -170,13 +158,15 @@ def random_curve(rng: np.random.Generator, deviation_db: float, octaves: float) 
     return scipy.interpolate.make_interp_spline(knots, values, k=3)(GRID_OCTAVES)
 
 
-def _resonance_db(freq_hz, centre_hz, width_hz):
+def _resonance_db(
+    freq_hz: np.ndarray, centre_hz: float | np.ndarray, width_hz: float | np.ndarray
+) -> np.ndarray:
     """Level of one formant, 0 dB at DC and -12 dB an octave far above (Fant 1960)."""
     ratio = (freq_hz / centre_hz) ** 2
     return -10.0 * np.log10((1.0 - ratio) ** 2 + ratio * (width_hz / centre_hz) ** 2)
 
 
-def formant_width_hz(centre_hz):
+def formant_width_hz(centre_hz: np.ndarray) -> np.ndarray:
     """Typical bandwidth of a formant: wall and radiation losses, growing with frequency."""
     return 50.0 + 35.0 * (500.0 / centre_hz) ** 2 + 26.0 * (centre_hz / 1000.0) ** 1.35
 
@@ -196,9 +186,9 @@ def _random_voice(rng: np.random.Generator) -> Voice:
     fifth_up_hz = tract * (np.arange(4500.0, 60000.0, 1000.0) + rng.normal(0, 120.0, 56))
     width_hz = 1.3 * formant_width_hz(fifth_up_hz)
     high_db_G = _resonance_db(GRID_HZ, fifth_up_hz[:, None], width_hz[:, None]).sum(0)
-    dip = np.log2(np.maximum(GRID_HZ, 20.0) / (5500.0 * tract**0.7)) / 0.45  # piriform sinuses
-    high_db_G -= rng.uniform(2.0, 10.0) * np.exp(-0.5 * dip**2)
     hz_G = np.maximum(GRID_HZ, 20.0)
+    dip = np.log2(hz_G / (5500.0 * tract**0.7)) / 0.45  # piriform sinuses
+    high_db_G -= rng.uniform(2.0, 10.0) * np.exp(-0.5 * dip**2)
     irregular_G = random_curve(rng, 3.0, 0.3) / (1.0 + (4000.0 / hz_G) ** 2)
     phones = len(VOWELS) + len(CONSONANT_ROWS)
     colours_db_PG = np.array([random_curve(rng, 4.5, 0.3) for _ in range(phones)])
@@ -210,11 +200,10 @@ def _random_voice(rng: np.random.Generator) -> Voice:
     murmur_G = _resonance_db(GRID_HZ, 270.0 * tract, 120.0) * 0.4 - 0.8 * _resonance_db(
         GRID_HZ, zero_hz, 150.0
     )
-    murmur_G = np.clip(murmur_G, -25.0, 8.0) - 14.0 / (
-        1.0 + (900.0 / np.maximum(GRID_HZ, 20.0)) ** 2
-    )
+    murmur_G = np.clip(murmur_G, -25.0, 8.0) - 14.0 / (1.0 + (900.0 / hz_G) ** 2)
     use_V = np.array([row[3] for row in VOWELS.values()]) * rng.gamma(3.0, 1.0, len(VOWELS))
     use_C = np.array([row.weight for row in rows]) * rng.gamma(1.5, 1.0, count)
+    noise_C2 = np.array([(row.noise_hz, row.noise_db) for row in rows])
     slopes_C2 = np.array([(row.rise_db, row.fall_db) for row in rows])
     style = str(rng.choice(("sentences", "words", "letters"), p=(0.4, 0.4, 0.2)))
     return Voice(
@@ -224,12 +213,8 @@ def _random_voice(rng: np.random.Generator) -> Voice:
         vowels_V4=tract * np.column_stack([vowels_V3, fourth_V]),
         vowel_weights_V=use_V / use_V.sum(),
         consonant_weights_C=use_C / use_C.sum(),
-        noise_hz_C=np.array([r.noise_hz for r in rows])
-        * front
-        * np.exp(rng.normal(0, 0.08, count)),
-        noise_db_C=np.array([r.noise_db for r in rows])
-        + rng.normal(0, 3.0)
-        + rng.normal(0, 2.5, count),
+        noise_hz_C=front * noise_C2[:, 0] * np.exp(rng.normal(0, 0.08, count)),
+        noise_db_C=noise_C2[:, 1] + rng.normal(1.5, 3.0) + rng.normal(0, 2.5, count),
         noise_slopes_C2=slopes_C2 * np.exp(rng.normal(0, 0.25, slopes_C2.shape)),
         colours_db_PG=colours_db_PG,
         bandwidth=float(np.exp(rng.normal(0.45, 0.25))),
@@ -257,9 +242,8 @@ def _random_recording(rng: np.random.Generator) -> Recording:
     response_G += random_curve(rng, 2.5, 1.2) + random_curve(rng, 0.8, 0.4)
     presence = (np.log2(hz_G / rng.uniform(2500.0, 7000.0)) / rng.uniform(0.6, 1.3)) ** 2
     response_G += rng.uniform(-1.0, 6.0) * np.exp(-0.5 * presence)
-    response_G += rng.uniform(0.0, 8.0) / (
-        1.0 + (hz_G / rng.uniform(120.0, 300.0)) ** 2
-    )  # proximity
+    proximity_db = rng.uniform(0.0, 8.0)
+    response_G += proximity_db / (1.0 + (hz_G / rng.uniform(120.0, 300.0)) ** 2)
     if rng.uniform() < 0.4:  # a dull capsule or an old chain
         response_G -= 10.0 * np.log10(
             1.0 + (hz_G / rng.uniform(5000.0, 16000.0)) ** rng.choice((2, 4))

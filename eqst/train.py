@@ -15,7 +15,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +25,12 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from eqst import checkpoint, command, corpus, eq, mesh, objective, observe, pairs, predictor, resident
+from eqst import checkpoint, command, corpus, eq, mesh, objective, observe, predictor, source
 from eqst.card import CARD_NAME
 from eqst.config import Config, ConfigError, as_dict, validate
 from eqst.files import write_text
 
 EXIT_INTERRUPTED = 75
-# Numbers of the examples the feature normalisation is measured on, out of training's reach.
-NORMALISATION_FIRST, NORMALISATION_PAIRS = 2**30, 512
 # Settings that may differ between two runs on one workdir without changing a result.
 FREE_KEYS = ("train.devices", "train.log_every", "train.tensorboard", "data.cache_dir")
 
@@ -48,14 +46,6 @@ class State(NamedTuple):
     params: predictor.Params
     opt_state: optax.OptState
     ema: predictor.Params
-
-
-class Seen(NamedTuple):
-    """A batch as the network sees it: features of both recordings, and the label."""
-
-    input_BXM: jax.Array
-    reference_BXM: jax.Array
-    label_BKP: jax.Array
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -93,7 +83,7 @@ def _batch_terms(
     config: Config,
     params: predictor.Params,
     normalisation: predictor.Normalisation,
-    seen: Seen,
+    seen: source.Seen,
     key: jax.Array | None,
 ) -> objective.Terms:
     """Terms of every pair, leaves [B]."""
@@ -107,7 +97,7 @@ def _batch_terms(
 
 
 def train_step(
-    config: Config, state: State, normalisation: predictor.Normalisation, seen: Seen
+    config: Config, state: State, normalisation: predictor.Normalisation, seen: source.Seen
 ) -> tuple[State, objective.Terms]:
     """One update. Pure; `config` is static. Returns the new state and the batch's mean terms."""
     # A stream of its own, apart from the one that draws pairs.
@@ -125,125 +115,6 @@ def train_step(
     decay = jnp.minimum(config.train.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
     return State(state.step + 1, params, opt_state, ema), terms
-
-
-# --- where batches come from ---------------------------------------------------------------------
-
-
-class Source(NamedTuple):
-    """Training examples: `stream(first step)` gives what `see` turns into features in the step.
-
-    Attributes:
-      stream: step -> iterator of trees, leaves sharded over the data axis.
-      see: (tree, constants, which length) -> Seen; traced inside the step.
-      constants: device arrays `see` needs (the resident corpus), replicated.
-    """
-
-    stream: Callable[[int], Iterator[Any]]
-    see: Callable[[Any, Any, int], Seen]
-    constants: Any
-
-
-def _numbers(config: Config, first: int, part: slice) -> np.ndarray:
-    """Example numbers of this process's slice of the batch at step `first`."""
-    size = config.train.batch_size
-    return (np.arange(size, dtype=np.int64)[part] + first * size).astype(np.int32)
-
-
-def make_source(
-    config: Config, recordings: corpus.Corpus, devices: jax.sharding.Mesh, say: Callable
-) -> Source:
-    """The source of the config: resident corpus or tf.data."""
-    data = config.data
-    indices = []
-    for seconds in data.segment_seconds:
-        index, skipped = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
-        for line in skipped:
-            say(f"left out {line}")
-        indices.append(index)
-    part = mesh.process_slice(devices, config.train.batch_size)
-    copied = mesh.Shardings.of(devices).params
-    if data.pipeline == "resident":
-        constants = jax.device_put(resident.load(config, recordings, tuple(indices), say), copied)
-
-        def numbers(first: int) -> Iterator[Any]:
-            while True:
-                yield mesh.global_batch(devices, _numbers(config, first, part))
-                first += 1
-
-        def see_resident(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
-            return Seen(*jax.vmap(lambda k: resident.pair(config, held, which, k))(k_B))
-
-        return Source(numbers, see_resident, constants)
-    from eqst import data as tf_data
-
-    def batches(first: int) -> Iterator[Any]:
-        stream = tf_data.batches(config, recordings, tuple(indices), first=first, part=part)
-        return (mesh.global_batch(devices, batch) for batch in stream)
-
-    def see_batch(batch: Any, _: Any, which: int) -> Seen:
-        if data.rendering == "host":
-            hear = jax.vmap(functools.partial(observe.heard, config))
-            return Seen(hear(batch.input_BT), hear(batch.reference_BT), batch.plan.label_KP)
-        render = jax.vmap(functools.partial(observe.rendered, config))
-        seen = render(batch.input_BT, batch.reference_BT, batch.plan)
-        return Seen(*seen, batch.plan.label_KP)
-
-    return Source(batches, see_batch, ())
-
-
-def measure_normalisation(config: Config, source: Source) -> predictor.Normalisation:
-    """Mean and deviation of the features over fixed training pairs, per band (and statistic)."""
-    see = jax.jit(source.see, static_argnums=2)
-    first = NORMALISATION_FIRST // config.train.batch_size
-    first -= first % len(config.data.segment_seconds)
-    stream = source.stream(first)
-    count = max(1, NORMALISATION_PAIRS // config.train.batch_size)
-    lengths = len(config.data.segment_seconds)
-    axes = (0, 1) if config.features.kind == "mel" else (0,)
-    moments = []
-    for number in range(count):
-        seen = see(next(stream), source.constants, number % lengths)
-        both = [np.asarray(x, np.float64) for x in (seen.input_BXM, seen.reference_BXM)]
-        moments += [np.stack([x.mean(axes), np.square(x).mean(axes)]) for x in both]
-    mean, square = np.mean(moments, axis=0)
-    scale = np.sqrt(np.maximum(square - mean**2, 0.0)) + 1e-3
-    return predictor.Normalisation(mean.astype(np.float32), scale.astype(np.float32))
-
-
-# --- evaluation during training ------------------------------------------------------------------
-
-
-def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
-    """Features of fixed pairs of held-out train talkers, on exactly filtered audio."""
-    data = config.data
-    seconds, rate = data.segment_seconds[0], data.sample_rate
-    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
-    take = jax.jit(
-        jax.vmap(lambda k: pairs.draw(config.seed + 2, k, index, protocol=data.protocol, turn=True))
-    )
-    table, context = eq.table(config.eq_table), round(data.context_seconds * rate)
-
-    def one(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
-        rendered = pairs.render(
-            input_T,
-            reference_T,
-            plan,
-            table=table,
-            protocol=data.protocol,
-            sample_rate=rate,
-            context=context,
-        )
-        return *(observe.heard(config, x) for x in rendered), plan.label_KP
-
-    hear = jax.jit(jax.vmap(one))
-    chunk, parts = 16, []
-    for begin in range(0, config.train.eval_pairs, chunk):
-        plan = jax.tree.map(np.asarray, take(np.arange(begin, begin + chunk)))
-        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
-        parts.append(jax.tree.map(np.asarray, hear(*audio, plan)))
-    joined = (np.concatenate(x)[: config.train.eval_pairs] for x in zip(*parts, strict=True))
-    return Seen(*joined)
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -381,9 +252,9 @@ def _run(
         f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min; "
         f"{devices.size} {devices.devices.flat[0].platform} device(s)"
     )
-    source = make_source(config, recordings, devices, say)
+    batches = source.make_source(config, recordings, devices, say)
     if resumed is None:
-        normalisation = measure_normalisation(config, source)
+        normalisation = source.measure_normalisation(config, batches)
         facts = {name: np.asarray(x).tolist() for name, x in normalisation._asdict().items()}
         table = dataclasses.asdict(eq.table(config.eq_table))
         card = {"config": as_dict(config), "normalisation": facts, "band_table": table}
@@ -392,7 +263,7 @@ def _run(
         saved.save(0, _saved_tree(state, normalisation))
     choosing = corpus.open_corpus(config.data, "valid", say)
     held_out = not set(choosing.talker_R) & set(recordings.talker_R)
-    valid = valid_pairs(config, choosing)
+    valid = source.valid_pairs(config, choosing)
     valid = jax.device_put(valid, rules.params)
     say(f"valid: {len(valid.label_BKP)} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
     record = Record(workdir, int(state.step), config.train.tensorboard, say)
@@ -401,14 +272,14 @@ def _run(
 
     @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
     def step_once(state: State, normalisation: Any, batch: Any, constants: Any, which: int):
-        return train_step(config, state, normalisation, source.see(batch, constants, which))
+        return train_step(config, state, normalisation, batches.see(batch, constants, which))
 
     @jax.jit
-    def evaluate(params: predictor.Params, normalisation: Any, seen: Seen) -> jax.Array:
+    def evaluate(params: predictor.Params, normalisation: Any, seen: source.Seen) -> jax.Array:
         return jnp.mean(_batch_terms(config, params, normalisation, seen, None).shape_db)
 
     name = "valid_shape_db" if held_out else "train_exact_shape_db"
-    stream = source.stream(int(state.step))
+    stream = batches.stream(int(state.step))
     pending: list[tuple[int, objective.Terms]] = []
     waited, since, done_since = 0.0, time.monotonic(), 0
     began, first_step = time.monotonic(), int(state.step)
@@ -417,7 +288,7 @@ def _run(
         batch = next(stream)
         waited += time.monotonic() - before
         which = step % len(config.data.segment_seconds)
-        state, terms = step_once(state, normalisation, batch, source.constants, which)
+        state, terms = step_once(state, normalisation, batch, batches.constants, which)
         # The step before is read while this one runs.
         if pending:
             _check_finite(*pending[-1])

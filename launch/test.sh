@@ -37,7 +37,8 @@ workers=(-n auto --maxprocesses=4 --dist=loadfile)
 "$python" -m pytest "${workers[@]}" ${selection[@]+"${selection[@]}"} "$@" 2>&1 | tee "$log" || failed+=(pytest)
 
 if [ "${#failed[@]}" -gt 0 ]; then
-  printf '\nFAILED: %s\n' "${failed[@]}"
+  printf '\n'
+  printf 'FAILED: %s\n' "${failed[@]}"
   tail -n 1 "$log"
   exit 1
 fi

@@ -60,7 +60,7 @@ def configure():
 
 @pytest.fixture(scope="session")
 def bursts():
-    """A function (seed, seconds, rate) -> [T] float32: noise with a speech-like slope and pauses."""
+    """A function (seed, seconds, rate) -> [T] float32: noise with a slope, in bursts and pauses."""
 
     def make(seed: int, seconds: float, rate: int) -> np.ndarray:
         rng = np.random.default_rng(seed)
@@ -69,7 +69,8 @@ def bursts():
         level = rng.choice([0.0, 0.05, 0.4, 1.0], size=samples // (rate // 4) + 2)
         times = np.arange(samples) / (rate // 4)
         envelope_T = np.interp(times, np.arange(len(level)), level)
-        return (0.05 * noise_T * envelope_T + 1e-5 * rng.standard_normal(samples)).astype(np.float32)
+        floor_T = 1e-5 * rng.standard_normal(samples)
+        return (0.05 * noise_T * envelope_T + floor_T).astype(np.float32)
 
     return make
 

@@ -1,5 +1,7 @@
 """STFT against scipy, bands against their own definition, and features that do not hear level."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,9 @@ def test_filterbank(rate):
     wide = whole & (edges[2:] - edges[:-2] > 12 * rate / 2048)
     for m in np.flatnonzero(wide):
         hat_F = np.interp(freq_hz_F, edges[m : m + 3], [0.0, 1.0, 0.0])
-        assert np.abs(bank_FM[:, m] - hat_F / hat_F.sum()).max() < 0.03 * bank_FM[:, m].max()
+        assert (
+            np.abs(bank_FM[:, m] - hat_F / hat_F.sum()).max() < 0.05 * bank_FM[:, m].max()
+        )  # the kink
 
 
 def test_flat_power_gives_flat_bands():
@@ -109,56 +113,74 @@ def test_warp_moves_a_peak():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-KINDS = [
-    {"features.scale": "db"},
-    {"features.scale": "linear"},
-    {"features.kind": "pooled", "model.comparison": "direct"},
-]
+RATE = 16000
+SMALL = {
+    "data.sample_rate": RATE,
+    "features.window": 512,
+    "features.hop": 256,
+    "features.mel_bands": 40,
+}
+KINDS = {
+    "db": SMALL,
+    "linear": SMALL | {"features.scale": "linear"},
+    "pooled": SMALL | {"features.kind": "pooled", "model.comparison": "direct"},
+}
 
 
-@pytest.mark.parametrize("changes", KINDS, ids=["db", "linear", "pooled"])
-def test_features_do_not_hear_level(configure, bursts, changes):
-    config = configure(changes)
-    samples_T = bursts(0, 1.5, 44100)
-    plain = np.asarray(observe.heard(config, jnp.asarray(samples_T)), np.float64)
-    assert plain.dtype == np.float64 and np.all(np.isfinite(plain)) and plain.std() > 0.1
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_do_not_hear_level(configure, bursts, kind):
+    config = configure(KINDS[kind])
+    samples_T = bursts(0, 1.5, RATE)
+    heard = jax.jit(lambda x: observe.heard(config, x))
+    plain = np.asarray(heard(samples_T), np.float64)
+    assert np.all(np.isfinite(plain)) and plain.std() > 0.1
     for gain_db in (-40.0, -13.0, 40.0):
-        louder_T = jnp.asarray(samples_T * np.float32(10.0 ** (gain_db / 20.0)))
-        error = np.asarray(observe.heard(config, louder_T)) - plain
+        louder = heard(samples_T * np.float32(10.0 ** (gain_db / 20.0)))
         # Rounding only: 1e-3 dB, or that share of the loudest linear band.
-        scale = plain.max() if changes.get("features.scale") == "linear" else 1.0
-        assert np.abs(error).max() < 1e-3 * scale
+        scale = plain.max() if kind == "linear" else 1.0
+        assert np.abs(np.asarray(louder) - plain).max() < 1e-3 * scale
 
 
-@pytest.mark.parametrize("changes", KINDS, ids=["db", "linear", "pooled"])
-def test_digital_silence_is_finite(configure, changes):
-    config = configure(changes)
-    silence_T = jnp.zeros(44100)
-    assert np.all(np.isfinite(observe.heard(config, silence_T)))
-    # Half silent: the silent frames lie on the floor, and the gradient through them is finite.
-    half_T = silence_T.at[22050:].set(0.1 * jax.random.normal(jax.random.key(0), (22050,)))
-    seen = observe.heard(config, half_T)
-    assert np.all(np.isfinite(seen))
-    if changes.get("features.scale") == "db":
-        np.testing.assert_allclose(seen[:20].min(), -80.0, atol=0.01)
-    gradient = jax.grad(lambda x: jnp.sum(observe.heard(config, x)))(half_T)
-    assert np.all(np.isfinite(gradient))
+@pytest.mark.parametrize("kind", KINDS)
+def test_digital_silence_is_finite(configure, kind):
+    config = configure(KINDS[kind])
+
+    @jax.jit
+    def heard_and_gradient(x):
+        return jax.value_and_grad(lambda y: jnp.sum(observe.heard(config, y)))(x), observe.heard(
+            config, x
+        )
+
+    half_T = np.zeros(RATE, np.float32)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(RATE // 2)
+    half_T[RATE // 2 :] = noise
+    for samples_T in (np.zeros(RATE, np.float32), half_T):
+        (_, gradient_T), seen = heard_and_gradient(samples_T)
+        assert np.all(np.isfinite(seen)) and np.all(np.isfinite(gradient_T))
+    if kind == "db":  # the silent frames lie on the floor
+        np.testing.assert_allclose(seen[:20], -80.0, atol=0.01)
 
 
-@pytest.mark.parametrize("changes", KINDS, ids=["db", "linear", "pooled"])
-def test_no_hidden_float64(configure, changes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hidden_float64(configure, kind):
     """With 64 bits allowed, float32 audio still makes float32 features, every step of the way."""
-    config = configure(changes)
-    samples_T = jax.ShapeDtypeStruct((44100,), jnp.float32)
+    config = configure(KINDS[kind])
     with jax.enable_x64(True):
+        samples_T = jax.ShapeDtypeStruct((RATE,), jnp.float32)
         jaxpr = jax.make_jaxpr(lambda x: observe.heard(config, x))(samples_T)
-    assert "f64" not in str(jaxpr)
+    # Arrays only: jnp.quantile has a float64 scalar of its own, which it converts at once.
+    assert not re.search(r"f64\[\d", str(jaxpr))
 
 
-def test_least_samples_is_enough_and_no_less(configure):
-    for changes in KINDS:
-        config = configure(changes)
-        least = observe.least_samples(config)
-        assert len(observe.heard(config, jnp.ones(least)).shape) == 2
-        with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
-            observe.heard(config, jnp.ones(least // 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_least_samples_is_enough_and_no_less(configure, kind):
+    config = configure(KINDS[kind])
+    least = observe.least_samples(config)
+
+    def shape(samples):
+        audio = jax.ShapeDtypeStruct((samples,), jnp.float32)
+        return jax.eval_shape(lambda x: observe.heard(config, x), audio).shape
+
+    assert shape(least)[0] > 0
+    with pytest.raises(ValueError, match=f"{least - 1} samples do not fill a window of {least}"):
+        shape(least - 1)

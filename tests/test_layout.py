@@ -21,7 +21,7 @@ ORDER = (
     *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "corpus"),
     # what is learnt from, and what learns
     *("pairs", "features", "evidence", "pooled", "observe", "data", "resident", "predictor"),
-    *("objective", "train"),
+    *("objective", "source", "train"),
     # what is done with it
     *("metrics", "bayes", "baselines", "report", "picture", "match", "evaluate", "triples"),
 )

@@ -1,0 +1,141 @@
+"""Where training's batches come from, as the network sees them.
+
+`make_source` is the resident corpus or tf.data behind one face; `measure_normalisation` and
+`valid_pairs` are what training needs of recordings before its first step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from eqst import corpus, eq, mesh, observe, pairs, predictor, resident
+from eqst.config import Config
+
+# Numbers of the examples the feature normalisation is measured on, out of training's reach.
+NORMALISATION_FIRST, NORMALISATION_PAIRS = 2**30, 512
+
+
+class Seen(NamedTuple):
+    """A batch as the network sees it: features of both recordings, and the label."""
+
+    input_BXM: jax.Array
+    reference_BXM: jax.Array
+    label_BKP: jax.Array
+
+
+class Source(NamedTuple):
+    """Training examples: `stream(first step)` gives what `see` turns into features in the step.
+
+    Attributes:
+      stream: step -> iterator of trees, leaves sharded over the data axis.
+      see: (tree, constants, which length) -> Seen; traced inside the step.
+      constants: device arrays `see` needs (the resident corpus), replicated.
+    """
+
+    stream: Callable[[int], Iterator[Any]]
+    see: Callable[[Any, Any, int], Seen]
+    constants: Any
+
+
+def _numbers(config: Config, first: int, part: slice) -> np.ndarray:
+    """Example numbers of this process's slice of the batch at step `first`."""
+    size = config.train.batch_size
+    return (np.arange(size, dtype=np.int64)[part] + first * size).astype(np.int32)
+
+
+def make_source(
+    config: Config, recordings: corpus.Corpus, devices: jax.sharding.Mesh, say: Callable
+) -> Source:
+    """The source of the config: resident corpus or tf.data."""
+    data = config.data
+    indices = []
+    for seconds in data.segment_seconds:
+        index, skipped = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+        for line in skipped:
+            say(f"left out {line}")
+        indices.append(index)
+    part = mesh.process_slice(devices, config.train.batch_size)
+    copied = mesh.Shardings.of(devices).params
+    if data.pipeline == "resident":
+        constants = jax.device_put(resident.load(config, recordings, tuple(indices), say), copied)
+
+        def numbers(first: int) -> Iterator[Any]:
+            while True:
+                yield mesh.global_batch(devices, _numbers(config, first, part))
+                first += 1
+
+        def see_resident(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
+            return Seen(*jax.vmap(lambda k: resident.pair(config, held, which, k))(k_B))
+
+        return Source(numbers, see_resident, constants)
+    from eqst import data as tf_data
+
+    def batches(first: int) -> Iterator[Any]:
+        stream = tf_data.batches(config, recordings, tuple(indices), first=first, part=part)
+        return (mesh.global_batch(devices, batch) for batch in stream)
+
+    def see_batch(batch: Any, _: Any, which: int) -> Seen:
+        if data.rendering == "host":
+            hear = jax.vmap(functools.partial(observe.heard, config))
+            return Seen(hear(batch.input_BT), hear(batch.reference_BT), batch.plan.label_KP)
+        render = jax.vmap(functools.partial(observe.rendered, config))
+        seen = render(batch.input_BT, batch.reference_BT, batch.plan)
+        return Seen(*seen, batch.plan.label_KP)
+
+    return Source(batches, see_batch, ())
+
+
+def measure_normalisation(config: Config, source: Source) -> predictor.Normalisation:
+    """Mean and deviation of the features over fixed training pairs, per band (and statistic)."""
+    see = jax.jit(source.see, static_argnums=2)
+    first = NORMALISATION_FIRST // config.train.batch_size
+    first -= first % len(config.data.segment_seconds)
+    stream = source.stream(first)
+    count = max(1, NORMALISATION_PAIRS // config.train.batch_size)
+    lengths = len(config.data.segment_seconds)
+    axes = (0, 1) if config.features.kind == "mel" else (0,)
+    moments = []
+    for number in range(count):
+        seen = see(next(stream), source.constants, number % lengths)
+        both = [np.asarray(x, np.float64) for x in (seen.input_BXM, seen.reference_BXM)]
+        moments += [np.stack([x.mean(axes), np.square(x).mean(axes)]) for x in both]
+    mean, square = np.mean(moments, axis=0)
+    scale = np.sqrt(np.maximum(square - mean**2, 0.0)) + 1e-3
+    return predictor.Normalisation(mean.astype(np.float32), scale.astype(np.float32))
+
+
+def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
+    """Features of fixed pairs of held-out train talkers, on exactly filtered audio."""
+    data = config.data
+    seconds, rate = data.segment_seconds[0], data.sample_rate
+    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+    take = jax.jit(
+        jax.vmap(lambda k: pairs.draw(config.seed + 2, k, index, protocol=data.protocol, turn=True))
+    )
+    table, context = eq.table(config.eq_table), round(data.context_seconds * rate)
+
+    def one(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
+        rendered = pairs.render(
+            input_T,
+            reference_T,
+            plan,
+            table=table,
+            protocol=data.protocol,
+            sample_rate=rate,
+            context=context,
+        )
+        return *(observe.heard(config, x) for x in rendered), plan.label_KP
+
+    hear = jax.jit(jax.vmap(one))
+    chunk, parts = 16, []
+    for begin in range(0, config.train.eval_pairs, chunk):
+        plan = jax.tree.map(np.asarray, take(np.arange(begin, begin + chunk)))
+        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
+        parts.append(jax.tree.map(np.asarray, hear(*audio, plan)))
+    joined = (np.concatenate(x)[: config.train.eval_pairs] for x in zip(*parts, strict=True))
+    return Seen(*joined)

@@ -1,0 +1,384 @@
+"""Stores and sources: what a folder of files becomes, against the files themselves."""
+
+import csv
+import json
+
+import numpy as np
+import pyloudnorm
+import pytest
+import soundfile
+
+from eqst import audio, corpus, synthetic
+from eqst.config import Data
+from eqst.corpus import CorpusError
+
+RATE = 22050
+
+
+def silent(_):
+    pass
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, bursts):
+    """Talkers a (two files), b, c/deep, solo (a file in the root), and what cannot be used."""
+    root = tmp_path_factory.mktemp("voices")
+
+    def put(name, samples, rate, **kwargs):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, samples, rate, **kwargs)
+
+    put("a/000.wav", bursts(0, 3.0, RATE), RATE, subtype="FLOAT")
+    stereo = np.stack([bursts(1, 2.0, 44100), 0.5 * bursts(2, 2.0, 44100)], axis=-1)
+    put("a/001.flac", stereo, 44100, subtype="PCM_24")
+    put("b/x.WAV", bursts(3, 4.0, 48000), 48000, subtype="PCM_16")
+    put("c/deep/y.ogg", bursts(4, 3.0, 16000), 16000)
+    put("solo.aiff", bursts(5, 2.5, 11025), 11025)
+    (root / "b" / "notes.txt").write_text("no audio")
+    (root / "b" / "broken.wav").write_bytes(b"RIFF but not really")
+    (root / "corrupt").mkdir()
+    (root / "corrupt" / "only.wav").write_bytes(b"nothing of the kind")
+    put("hush/zeros.wav", np.zeros(RATE), RATE)
+    put("short/blip.wav", bursts(6, 0.3, RATE), RATE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def voices(folder, cache):
+    data = Data(sources=(f"folder:{folder}",), cache_dir=str(cache), sample_rate=RATE)
+    return corpus.open_corpus(data, "all", silent)
+
+
+def whole(recordings, number):
+    return recordings.segment(number, 0, int(recordings.length_R[number]))
+
+
+def named(recordings, name):
+    return recordings.talker_R.index(f"folder/{name}")
+
+
+def test_a_talker_is_a_folder(voices):
+    assert set(voices.talker_R) == {"folder/a", "folder/b", "folder/c/deep", "folder/solo"}
+    assert voices.sample_rate == RATE
+    expected = {"a": 5.0, "b": 4.0, "c/deep": 3.0, "solo": 2.5}
+    for name, seconds in expected.items():
+        assert voices.length_R[named(voices, name)] == pytest.approx(seconds * RATE, abs=2)
+    assert voices.seconds() == pytest.approx(14.5, abs=1e-3)
+
+
+def test_what_is_left_out_has_its_reason(voices):
+    reasons = {line.split(":")[0]: line for line in voices.skipped}
+    assert len(voices.skipped) == 4
+    assert "not audio" in reasons["corrupt"]
+    assert "silent" in reasons["hush"]
+    assert "0.3 s is too short" in reasons["short"]
+    assert any("broken.wav" in line for line in voices.skipped)  # though b has another file
+    assert all("\n" not in line for line in voices.skipped)
+
+
+def test_every_recording_is_at_23_lufs_by_another_meter(voices):
+    for number in range(len(voices.talker_R)):
+        samples_T = whole(voices, number).astype(np.float64)
+        got = pyloudnorm.Meter(RATE).integrated_loudness(samples_T)
+        assert got == pytest.approx(-23.0, abs=0.15), voices.talker_R[number]
+
+
+def test_samples_are_the_files(voices, bursts):
+    """One gain for the recording, and the file's samples within half a step of 16 bits."""
+    number = named(voices, "a")
+    got_T, source_T = whole(voices, number)[: 3 * RATE], bursts(0, 3.0, RATE)
+    gain = np.dot(got_T, source_T) / np.dot(source_T, source_T)
+    peak = np.abs(whole(voices, number)).max()
+    assert np.abs(got_T - gain * source_T).max() < 0.6 * peak / 32767
+    # The second file: the mean of its channels, at another rate.
+    stereo = np.stack([bursts(1, 2.0, 44100), 0.5 * bursts(2, 2.0, 44100)], axis=-1)
+    second_T = audio.resample(stereo.mean(axis=1), 44100, RATE)
+    rest_T = whole(voices, number)[3 * RATE :]
+    error_T = rest_T - gain * second_T[: len(rest_T)]
+    assert np.abs(error_T).max() < 1.5 * peak / 32767
+
+
+def test_power_is_that_of_the_segments(voices):
+    for number, power_J in enumerate(voices.power_R):
+        assert len(power_J) == int(voices.length_R[number]) * 10 // RATE
+        assert audio.gated_loudness_lufs(power_J.astype(np.float64)) == pytest.approx(
+            -23.0, abs=0.01
+        )
+        again_J = audio.k_weighted_power(whole(voices, number)[:, None], RATE)
+        np.testing.assert_allclose(power_J, again_J, rtol=1e-2, atol=1e-9)
+
+
+def test_random_access_inside_before_and_after(voices):
+    full_T = whole(voices, 1)
+    length = len(full_T)
+    assert np.abs(full_T).max() > 0
+    padded_T = np.concatenate([np.zeros(5000, np.float32), full_T, np.zeros(5000, np.float32)])
+    for start, count in [
+        (0, 100),
+        (1234, 999),
+        (-300, 1000),
+        (-900, 900),
+        (-4000, 100),
+        (length - 50, 100),
+        (length, 100),
+        (length + 900, 10),
+        (-100, length + 200),
+    ]:
+        got_T = voices.segment(1, start, count)
+        assert got_T.dtype == np.float32 and got_T.shape == (count,)
+        np.testing.assert_array_equal(got_T, padded_T[5000 + start : 5000 + start + count])
+
+
+def test_weights(voices):
+    assert voices.weight_R.sum() == pytest.approx(1.0)
+    root_R = np.sqrt(voices.length_R)
+    np.testing.assert_allclose(voices.weight_R, root_R / root_R.sum())
+
+
+def test_store_is_reused_and_a_changed_file_makes_a_new_one(tmp_path, bursts):
+    root = tmp_path / "voices"
+    for name in ("p", "q"):
+        (root / name).mkdir(parents=True)
+        soundfile.write(root / name / "0.wav", bursts(ord(name), 1.0, 8000), 8000)
+    data = Data(sources=(f"folder:{root}",), cache_dir=str(tmp_path / "c"), sample_rate=8000)
+    said: list[str] = []
+    first = corpus.open_corpus(data, "all", said.append)
+    assert said
+    said.clear()
+    again = corpus.open_corpus(data, "all", said.append)
+    assert not said and len(list((tmp_path / "c").iterdir())) == 1
+    np.testing.assert_array_equal(whole(first, 0), whole(again, 0))
+    soundfile.write(root / "q" / "0.wav", bursts(9, 1.5, 8000), 8000)
+    changed = corpus.open_corpus(data, "all", said.append)
+    assert said and len(list((tmp_path / "c").iterdir())) == 2
+    assert changed.length_R[named(changed, "q")] == 12000
+    np.testing.assert_array_equal(whole(first, 0), whole(changed, 0))
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path, bursts):
+    data = Data(cache_dir=str(tmp_path), sample_rate=8000)
+
+    def recordings():
+        yield corpus.Recording("one", bursts(0, 1.0, 8000))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus._store(data, "folder", "facts", recordings, silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_that_cannot_be_made(tmp_path, folder):
+    (tmp_path / "file").write_text("in the way")
+    data = Data(sources=(f"folder:{folder}",), cache_dir=str(tmp_path / "file" / "x"))
+    with pytest.raises(CorpusError, match="data.cache_dir"):
+        corpus.open_corpus(data, "all", silent)
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+def split_of(names, split, **settings):
+    return set(corpus._split(names, split, Data(**settings), None, "folder:x").tolist())
+
+
+def test_splits_are_by_talker_and_disjoint():
+    names = tuple(f"folder/{i}" for i in range(40))
+    settings = {"dev_share": 0.25, "valid_share": 0.2}
+    train, valid, dev = (split_of(names, s, **settings) for s in ("train", "valid", "dev"))
+    assert (len(train), len(valid), len(dev)) == (24, 6, 10)
+    assert train | valid | dev == set(range(40)) and not train & valid and not train & dev
+    # By name: the order of the files does not matter.
+    backwards = split_of(names[::-1], "dev", **settings)
+    assert {39 - i for i in backwards} == dev
+
+
+def test_folds_are_a_partition_of_train():
+    names = tuple(f"folder/{i}" for i in range(23))
+    dev = split_of(names, "dev")
+    parts = [split_of(names, "valid", folds=4, fold=f) for f in range(4)]
+    assert set.union(*parts) == set(range(23)) - dev and sum(map(len, parts)) == 23 - len(dev)
+    for f, part in enumerate(parts):
+        assert split_of(names, "train", folds=4, fold=f) == set(range(23)) - dev - part
+    with pytest.raises(CorpusError, match="90 folds of 18 train talkers"):
+        split_of(names, "valid", folds=90, fold=80)
+
+
+def test_few_talkers_still_hold_one_out():
+    names = ("folder/a", "folder/b", "folder/c")
+    train, valid, dev = (split_of(names, s) for s in ("train", "valid", "dev"))
+    assert len(train) == len(valid) == len(dev) == 1 and len(train | valid | dev) == 3
+    # Two talkers: nobody is left to choose on, so it is the train talker, as documented.
+    assert split_of(names[:2], "valid") == split_of(names[:2], "train")
+    assert split_of(names, "valid", valid_share=0.0) == split_of(names, "train", valid_share=0.0)
+
+
+def test_one_talker_only():
+    with pytest.raises(CorpusError, match="one talker only .*folder of their own"):
+        split_of(("folder/a",), "train")
+    assert split_of(("folder/a",), "all") == {0}
+
+
+def manifest_of(folder, path, rows, columns=("path", "split", "permissive")):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for name, split, permissive in rows:
+            place = (
+                (folder / name).relative_to(path.parent, walk_up=True) if False else folder / name
+            )
+            writer.writerow({"path": place, "split": split, "permissive": permissive})
+    return path
+
+
+ROWS = [
+    ("a/000.wav", "train", "yes"),
+    ("b/x.WAV", "dev", "yes"),
+    ("c/deep/y.ogg", "train", "no"),
+]
+
+
+def test_manifest_gives_splits_and_files(folder, tmp_path, cache):
+    manifest = manifest_of(folder, tmp_path / "m.csv", ROWS)
+    data = Data(
+        sources=(f"folder:{folder}",),
+        manifest=str(manifest),
+        cache_dir=str(cache),
+        sample_rate=RATE,
+        valid_share=0.0,
+    )
+    names = {
+        split: set(corpus.open_corpus(data, split, silent).talker_R)
+        for split in ("train", "dev", "all")
+    }
+    assert names["train"] == {"folder/a", "folder/c/deep"} and names["dev"] == {"folder/b"}
+    assert names["all"] == names["train"] | names["dev"]
+    train = corpus.open_corpus(data, "train", silent)
+    assert train.length_R[named(train, "a")] == 3 * RATE  # the one listed file of two
+    free = Data(**{**vars(data), "permissive_only": True})
+    assert corpus.open_corpus(free, "train", silent).talker_R == ("folder/a",)
+
+
+def test_manifest_mistakes(folder, tmp_path):
+    def opened(manifest, **settings):
+        data = Data(
+            sources=(f"folder:{folder}",),
+            manifest=str(manifest),
+            cache_dir=str(tmp_path / "c"),
+            **settings,
+        )
+        return corpus.open_corpus(data, "train", silent)
+
+    with pytest.raises(CorpusError, match="no such manifest"):
+        opened(tmp_path / "absent.csv")
+    both = manifest_of(folder, tmp_path / "b.csv", [*ROWS, ("a/001.flac", "dev", "yes")])
+    with pytest.raises(CorpusError, match="talker a is in 'train' and in 'dev'"):
+        opened(both)
+    narrow = manifest_of(folder, tmp_path / "n.csv", ROWS, columns=("path",))
+    with pytest.raises(CorpusError, match="no column split"):
+        opened(narrow)
+    unlicensed = manifest_of(folder, tmp_path / "u.csv", ROWS, columns=("path", "split"))
+    with pytest.raises(CorpusError, match="no column permissive"):
+        opened(unlicensed, permissive_only=True)
+
+
+def test_folders_that_are_none(tmp_path):
+    for place, words in [(tmp_path / "absent", "is not a folder"), (tmp_path, "no audio file")]:
+        with pytest.raises(CorpusError, match=words):
+            corpus.open_corpus(Data(sources=(f"folder:{place}",)), "all", silent)
+
+
+# --- synthetic, mixtures, TFDS -------------------------------------------------------------------
+
+
+def test_synthetic_source(tmp_path):
+    data = Data(
+        synthetic_talkers=3, synthetic_seconds=5.0, sample_rate=16000, cache_dir=str(tmp_path)
+    )
+    recordings = corpus.open_corpus(data, "all", silent)
+    assert recordings.talker_R == tuple(f"synthetic/{i:05d}" for i in range(3))
+    assert set(recordings.length_R) == {80000}
+    got_T = whole(recordings, 2)
+    source_T = synthetic.synthesise(0, 2, 5.0, sample_rate=16000)
+    gain = np.dot(got_T, source_T) / np.dot(source_T, source_T)
+    assert np.abs(got_T - gain * source_T).max() < 0.6 * np.abs(got_T).max() / 32767
+    assert pyloudnorm.Meter(16000).integrated_loudness(got_T.astype(float)) == pytest.approx(
+        -23.0, abs=0.2
+    )
+
+
+def test_two_sources_share_by_their_weights(folder, voices, cache, tmp_path, bursts):
+    other = tmp_path / "others"
+    for name in ("p", "q"):
+        (other / name).mkdir(parents=True)
+        soundfile.write(other / name / "0.wav", bursts(ord(name), 1.0, RATE), RATE)
+    data = Data(
+        sources=(f"folder:{folder}", f"folder:{other}"),
+        source_weights=(3.0, 1.0),
+        cache_dir=str(cache),
+        sample_rate=RATE,
+    )
+    both = corpus.open_corpus(data, "all", silent)
+    count = len(voices.talker_R)
+    assert len(both.talker_R) == count + 2 and both.weight_R.sum() == pytest.approx(1.0)
+    assert both.weight_R[:count].sum() == pytest.approx(0.75)
+    np.testing.assert_array_equal(whole(both, 1), whole(voices, 1))
+    single = corpus.open_corpus(
+        Data(sources=(f"folder:{other}",), cache_dir=str(cache), sample_rate=RATE), "all", silent
+    )
+    np.testing.assert_array_equal(whole(both, count), whole(single, 0))
+
+
+def test_tfds_source(tmp_path, bursts, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
+    pytest.importorskip("array_record", reason="needs array-record")
+    # No look into the public bucket for facts about the set.
+    monkeypatch.setattr("tensorflow_datasets.core.utils.gcs_utils._is_gcs_disabled", True)
+    sounds = {("s1", 0): 1.0, ("s1", 1): 0.5, ("s2", 0): 1.5}
+
+    class EqstTinyTalkers(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "audio": tfds.features.Audio(sample_rate=16000),
+                    "speaker": tfds.features.Text(),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number, ((talker, _), seconds) in enumerate(sounds.items()):
+                wave = np.round(32767 * bursts(number, seconds, 16000)).astype(np.int64)
+                yield number, {"audio": wave, "speaker": talker}
+
+    EqstTinyTalkers(
+        data_dir=str(tmp_path / "tfds"), file_format="array_record"
+    ).download_and_prepare()
+    data = Data(
+        sources=("tfds:eqst_tiny_talkers",), cache_dir=str(tmp_path / "c"), sample_rate=8000
+    )
+    builder = tfds.builder
+    monkeypatch.setattr(
+        tfds, "builder", lambda name: builder(name, data_dir=str(tmp_path / "tfds"))
+    )
+    recordings = corpus.open_corpus(data, "all", silent)
+    lengths = dict(zip(recordings.talker_R, recordings.length_R.tolist(), strict=True))
+    assert lengths == {"tfds/s1": 12000, "tfds/s2": 12000}
+    with pytest.raises(CorpusError, match="array_record"):
+        corpus.open_corpus(Data(**{**vars(data), "sources": ("tfds:absent_set",)}), "all", silent)
+
+
+def test_index_is_readable_json(voices, cache):
+    for store in cache.glob("folder-*"):
+        index = json.loads((store / "index.json").read_text())
+        assert {"sample_rate", "recordings", "skipped"} <= set(index)
