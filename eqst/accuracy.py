@@ -1,18 +1,23 @@
 """How exact and how fast the responses are, measured: `python -m eqst.accuracy --output=DIR`.
 
-Every section is a function that returns rows, lists of {"what", "worst", "limit", "unit"} and more;
-`SECTIONS` lists them. A row passes when its worst value is within its limit (None: for the record).
+A section is a function of (bands, seed) that returns rows: {"what", "worst", "limit", "unit"}, and
+what else it has to say. A row fails when its worst value exceeds its limit; None is for the record.
+`SECTIONS` lists them.
 """
 
+from __future__ import annotations
+
 import functools
+import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from eqst import biquad, command, eq, files
 
@@ -23,61 +28,49 @@ RESPONSES = {
     biquad.HIGH_SHELF: biquad.high_shelf_db,
 }
 FLOAT32_LIMIT_DB = 5e-5
-_CHUNK = 5000  # bands at once
-_FREQUENCIES = 48  # for each band
+_CHUNK, _FREQUENCIES = 5000, 48  # bands at once, frequencies for each
+
 Row = dict[str, Any]
+Bands = tuple[np.ndarray, ...]
 
 
-def _random_bands(rng: np.random.Generator, rate: float, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Cutoff 20 Hz .. min(20 kHz, 0.49 rate), gain +-15 dB, q 0.1 .. 10; exact in float32."""
+def _row(what: str, worst: float, limit: float | None, unit: str, **more: Any) -> Row:
+    return {"what": what, "worst": worst, "limit": limit, "unit": unit, **more}
+
+
+def _random_bands(rng: np.random.Generator, rate: float, count: int) -> Bands:
+    """Cutoff 20 Hz .. min(20 kHz, 0.49 rate), gain +-15 dB (0 in one of 16), q 0.1 .. 10: [B] each.
+
+    They are float32 numbers in float64 arrays, so that both precisions see the same arguments.
+    """
     top_hz = min(20000.0, 0.49 * rate)
-    cutoff_hz = 20.0 * (top_hz / 20.0) ** rng.random(shape)
-    gain_db, q = rng.uniform(-15.0, 15.0, shape), 10.0 ** rng.uniform(-1.0, 1.0, shape)
-    return [np.float64(np.float32(array)) for array in (cutoff_hz, gain_db, q)]
+    cutoff_hz = 20.0 * (top_hz / 20.0) ** rng.random(count)
+    gain_db, q = rng.uniform(-15.0, 15.0, count), 10.0 ** rng.uniform(-1.0, 1.0, count)
+    gain_db[::16] = 0.0
+    return tuple(np.float64(np.float32(array)) for array in (cutoff_hz, gain_db, q))
 
 
 def _frequencies(rng: np.random.Generator, rate: float, cutoff_hz_B: np.ndarray) -> np.ndarray:
-    """[B, F] per band: 0 Hz, Nyquist, round the cutoff, near Nyquist, and log-uniform elsewhere."""
+    """[B, F]: 0 Hz, Nyquist, the cutoff and round it, next to Nyquist, log-uniform elsewhere."""
     count, nyquist_hz = len(cutoff_hz_B), 0.5 * rate
-    near_BF = cutoff_hz_B[:, None] * np.exp(rng.normal(0.0, 0.3, (count, 12)) ** 3)
+    ends_BF = np.broadcast_to([0.0, nyquist_hz], (count, 2))
+    near_BF = cutoff_hz_B[:, None] * np.exp(rng.normal(0.0, 0.6, (count, 12)) ** 3)
     top_BF = nyquist_hz * (1.0 - 10.0 ** rng.uniform(-7.0, -0.5, (count, 6)))
     rest_BF = nyquist_hz * 10.0 ** rng.uniform(-5.0, 0.0, (count, _FREQUENCIES - 21))
-    ends_BF = np.broadcast_to([0.0, nyquist_hz], (count, 2))
     freq_BF = np.concatenate([ends_BF, cutoff_hz_B[:, None], near_BF, top_BF, rest_BF], axis=1)
     return np.minimum(np.float64(np.float32(freq_BF)), nyquist_hz)
 
 
-def _chunks(
-    seed: int, rate: int, bands: int
-) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-    """Frequencies [B, F] and bands [B, 1] in float64, `bands` of them in equal chunks."""
-    rng = np.random.default_rng([seed, rate])
-    for first in range(0, bands, _CHUNK):
-        size = min(_CHUNK, bands - first)
-        band_B = _random_bands(rng, rate, (size,))
+def _chunks(seed: int, rate: int, bands: int) -> Iterator[tuple[np.ndarray, Bands]]:
+    """Frequencies [B, F] and bands [B, 1] each, in chunks of one size (the last one is made full)."""
+    rng, size = np.random.default_rng([seed, rate]), min(_CHUNK, bands)
+    for _ in range(0, bands, size):
+        band_B = _random_bands(rng, rate, size)
         yield _frequencies(rng, rate, band_B[0]), tuple(array[:, None] for array in band_B)
 
 
-def _cookbook_db(kind: str, freq_hz: np.ndarray, band: tuple[np.ndarray, ...], rate: float):
-    """The response from float64 coefficients, and how far coefficients alone can put it off.
-
-    Both polynomials are sums of terms much larger than themselves at low frequencies; the bound is
-    the rounding of those terms (2^-53 of their sum) beside the polynomial, in dB.
-    """
-    sections = biquad.sos(*band, kinds=[kind], sample_rate=rate)[:, 0, :]
-    delay = np.exp(-2j * np.pi * freq_hz[..., None] / rate * np.arange(3))
-    value_db, bound_db = np.zeros(freq_hz.shape), np.zeros(freq_hz.shape)
-    for sign, row in ((1, sections[:, :3]), (-1, sections[:, 3:])):
-        polynomial = np.abs(np.einsum("bfi,bi->bf", delay, row))
-        value_db += sign * 20.0 * np.log10(polynomial)
-        terms = np.abs(row).sum(axis=-1)[:, None]
-        # Coefficients and products are rounded a handful of times each.
-        bound_db += 20.0 / np.log(10.0) * 8.0 * 2.0**-53 * terms / polynomial
-    return value_db, bound_db
-
-
 def float32_responses(bands: int, seed: int) -> list[Row]:
-    """Float32 against float64 of the same formula at the same (float32) arguments."""
+    """Float32 against the same formula in float64, at the same arguments, for `bands` of each."""
     rows = []
     for kind, response in RESPONSES.items():
         for rate in RATES:
@@ -87,27 +80,204 @@ def float32_responses(bands: int, seed: int) -> list[Row]:
                 with jax.enable_x64(True):
                     double = np.asarray(compiled(freq_BF, *band))
                 worst = max(worst, float(np.max(np.abs(single - double))))
-            rows.append(_row(f"float32 {kind} at {rate} Hz", worst, FLOAT32_LIMIT_DB, "dB"))
+            rows.append(_row(f"{kind} at {rate} Hz, float32", worst, FLOAT32_LIMIT_DB, "dB"))
     return rows
 
 
-def float64_coefficients(bands: int, seed: int) -> list[Row]:
-    """The formula in float64 against the cookbook's coefficients in float64.
+def _coefficients_db(
+    kind: str, freq_BF: np.ndarray, band: Bands, rate: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The response from float64 coefficients, and how far their rounding can put it off, in dB.
 
-    What is left is the coefficients' own rounding: near 0 Hz, at high rates, it is the larger error.
-    `limit` is what that rounding allows at the worst point.
+    At low frequencies either polynomial is a small sum of large terms. The bound takes eight
+    roundings of the sum of their sizes, against the polynomial itself.
+    """
+    sections_BS = biquad.sos(*band, kinds=[kind], sample_rate=rate)[:, 0, :]
+    delay_BFD = np.exp(-2j * np.pi / rate * freq_BF[..., None] * np.arange(3))
+    value_BF, bound_BF = np.zeros_like(freq_BF), np.zeros_like(freq_BF)
+    for sign, row_BD in ((1, sections_BS[:, :3]), (-1, sections_BS[:, 3:])):
+        polynomial_BF = np.abs(np.einsum("bfd,bd->bf", delay_BFD, row_BD))
+        size_B1 = np.abs(row_BD).sum(axis=-1, keepdims=True)
+        value_BF += sign * 20.0 * np.log10(polynomial_BF)
+        bound_BF += 20.0 / np.log(10.0) * 8 * 2.0**-53 * size_B1 / polynomial_BF
+    return value_BF, bound_BF
+
+
+def float64_coefficients(bands: int, seed: int) -> list[Row]:
+    """The formula in float64 against cookbook coefficients in float64, for bands / 10 of each.
+
+    What they differ by is the rounding of the coefficients: `worst` stays inside the bound on it,
+    which grows with (rate / cutoff)^2, so that there the formula is the better of the two.
     """
     rows = []
     for kind, response in RESPONSES.items():
         for rate in RATES:
-            compiled, worst, limit, share = jax.jit(functools.partial(response, sample_rate=rate)), 0.0, 0.0, 0.0
+            compiled = jax.jit(functools.partial(response, sample_rate=rate))
+            worst, share, where = 0.0, 0.0, {}
             for freq_BF, band in _chunks(seed + 1, rate, max(1, bands // 10)):
                 with jax.enable_x64(True):
-                    formula = np.asarray(compiled(freq_BF, *band))
-                # Poles and zeros on the unit circle exist at no setting: nothing is infinite here.
-                coefficients, bound = _cookbook_db(kind, freq_BF, band, rate)
-                error = np.abs(formula - coefficients)
-                worst, limit = max(worst, float(error.max())), max(limit, float(bound.max()))
-                share = max(share, float((error / (bound + 1e-11)).max()))
-            rows.append(_row(f"float64 {kind} at {rate} Hz", worst, limit, "dB", share_of_bound=share))
+                    formula_BF = np.asarray(compiled(freq_BF, *band))
+                coefficients_BF, bound_BF = _coefficients_db(kind, freq_BF, band, rate)
+                error_BF = np.abs(formula_BF - coefficients_BF)
+                share = max(share, float(np.max(error_BF / (bound_BF + 1e-12))))
+                if error_BF.max() > worst:
+                    worst = float(error_BF.max())
+                    b, f = np.unravel_index(error_BF.argmax(), error_BF.shape)
+                    names = ("cutoff_hz", "gain_db", "q")
+                    where = {name: float(array[b, 0]) for name, array in zip(names, band)}
+                    where["freq_hz"] = float(freq_BF[b, f])
+            what = f"{kind} at {rate} Hz, float64 - coefficients"
+            rows.append(_row(what, worst, None, "dB", where=where))
+            rows.append(_row(f"{what}, of their rounding bound", share, 1.0, "times"))
     return rows
+
+
+def gradients(bands: int, seed: int) -> list[Row]:
+    """Float32 derivatives against central differences of the float64 formula, bands / 50 of each.
+
+    By cutoff (dB/Hz), gain (dB/dB) and q (dB), for the custom rule of cascades and for plain
+    autodiff: the error as a multiple of 1e-3 |g| + 1e-5, and how many are not finite.
+    """
+    rows = []
+    for kind, response in RESPONSES.items():
+        for rate in RATES:
+            plain = functools.partial(response, sample_rate=rate)
+            custom = functools.partial(_one_band, kind=kind, sample_rate=rate)
+            derivatives = {
+                name: jax.jit(jnp.vectorize(jax.grad(function, (1, 2, 3))))
+                for name, function in (("custom", custom), ("autodiff", plain))
+            }
+            worst, broken = dict.fromkeys(derivatives, 0.0), dict.fromkeys(derivatives, 0)
+            for freq_BF, band in _chunks(seed + 2, rate, max(1, bands // 50)):
+                expected = _differences(plain, freq_BF, band)
+                arrays = [np.broadcast_to(np.float32(x), freq_BF.shape) for x in (freq_BF, *band)]
+                for name, function in derivatives.items():
+                    for measured, reference in zip(function(*arrays), expected, strict=True):
+                        finite = np.isfinite(measured)
+                        error = np.abs(np.asarray(measured) - reference)[finite]
+                        allowed = 1e-3 * np.abs(reference[finite]) + 1e-5
+                        worst[name] = max(worst[name], float(np.max(error / allowed, initial=0.0)))
+                        broken[name] += int(np.sum(~finite))
+            for name in derivatives:
+                what = f"{kind} at {rate} Hz, {name} gradient"
+                rows.append(_row(what, worst[name], 1.0, "times", not_finite=broken[name]))
+                rows.append(_row(f"{what}, not finite", broken[name], 0, "values"))
+    return rows
+
+
+def _one_band(freq_hz, cutoff_hz, gain_db, q, *, kind: str, sample_rate: int) -> jax.Array:
+    arrays = (jnp.reshape(x, (1,)) for x in (freq_hz, cutoff_hz, gain_db, q))
+    return biquad.cascade_db(*arrays, kinds=(kind,), sample_rate=sample_rate)[0]
+
+
+def _differences(response: Callable, freq_BF: np.ndarray, band: Bands) -> list[np.ndarray]:
+    """Derivatives [B, F] of a response by cutoff, gain and q: central differences in float64."""
+    compiled, slopes = jax.jit(response), []
+    with jax.enable_x64(True):
+        for p, array in enumerate(band):
+            step = 1e-5 if p == 1 else 1e-6 * array
+            up, down = (
+                compiled(freq_BF, *band[:p], moved, *band[p + 1 :])
+                for moved in (array + step, array - step)
+            )
+            slopes.append(np.asarray(up - down) / (2 * step))
+    return slopes
+
+
+def speed(bands: int, seed: int) -> list[Row]:
+    """Milliseconds, least of 30 in turns: 256 EQs of the paper's table at 1025 frequencies.
+
+    `bands` plays no part. Also the difference of the two gradients, against their norm.
+    """
+    del bands
+    rate = 44100
+    freq_F = jnp.linspace(0.0, rate / 2, 1025)
+    unit_BKP = jax.random.uniform(jax.random.key(seed), (256, len(eq.KINDS), 3))
+    params = eq.from_unit(eq.PAPER, unit_BKP)
+    weight_BF = jax.random.normal(jax.random.key(seed + 1), (256, 1025))
+    fixed = {"kinds": eq.KINDS, "sample_rate": rate}
+
+    def custom(*band):
+        return biquad.cascade_db(freq_F, *band, **fixed)
+
+    def plain(*band):
+        return jnp.sum(biquad.bands_db(freq_F, *band, **fixed), axis=0)
+
+    def with_gradient(function):
+        def total(*bands):
+            return jnp.sum(weight_BF * jax.vmap(function)(*bands))
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+
+    timed = {
+        "value": jax.jit(jax.vmap(custom)),
+        "value and gradient": with_gradient(custom),
+        "value and gradient by autodiff": with_gradient(plain),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    results = {name: jax.block_until_ready(function(*params)) for name, function in timed.items()}
+    for _ in range(30):
+        for name, function in timed.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*params))
+            seconds[name].append(time.perf_counter() - start)
+    rows = [_row(f"256 x 4 x 1025 {name}", 1e3 * min(s), None, "ms") for name, s in seconds.items()]
+    (_, fast), (_, slow) = (results[name] for name in list(timed)[1:])
+    difference = max(
+        float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(fast, slow, strict=True)
+    )
+    return [*rows, _row("custom gradient - autodiff, of its norm", difference, 1e-6, "times")]
+
+
+SECTIONS: dict[str, Callable[[int, int], list[Row]]] = {
+    "float32_responses": float32_responses,
+    "float64_coefficients": float64_coefficients,
+    "gradients": gradients,
+    "speed": speed,
+}
+
+
+def passes(row: Row) -> bool:
+    """Whether a row keeps its limit; a NaN does not."""
+    return row["limit"] is None or row["worst"] <= row["limit"]
+
+
+def table(sections: dict[str, list[Row]]) -> str:
+    """The sections as text, one line a row."""
+    lines = []
+    for name, rows in sections.items():
+        lines.append(name)
+        for row in rows:
+            limit = "" if row["limit"] is None else f"limit {row['limit']:.3g}"
+            verdict = "" if passes(row) else "FAILS"
+            lines.append(
+                f"  {row['what']:64s} {row['worst']:10.3g} {row['unit']:6s} {limit} {verdict}"
+            )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("output", None, "folder for accuracy.json; it is made", required=True)
+    flags.DEFINE_integer("bands", 100_000, "random bands of each kind at each rate", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the random bands", lower_bound=0)
+    flags.DEFINE_multi_enum("section", None, list(SECTIONS), "only this one (may be repeated)")
+
+
+def _body() -> None:
+    values = flags.FLAGS
+    output = pathlib.Path(values.output)
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / "accuracy.json"
+    files.check_target(target, overwrite=True)
+    chosen = values.section or list(SECTIONS)
+    sections = {name: SECTIONS[name](values.bands, values.seed) for name in chosen}
+    print(table(sections))
+    about = {"bands": values.bands, "seed": values.seed, "jax": jax.__version__}
+    about["device"] = jax.devices()[0].device_kind
+    files.write_json(target, {**about, "sections": sections})
+    if not all(passes(row) for rows in sections.values() for row in rows):
+        sys.exit("eqst.accuracy: a row exceeds its limit (FAILS above)")
+
+
+if __name__ == "__main__":
+    command.start("eqst.accuracy", _define_flags, _body)

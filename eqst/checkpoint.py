@@ -9,8 +9,8 @@ A run's folder:
 
 The seal is written last and in one motion, so it is also what makes a checkpoint count: whatever
 a process killed at any moment leaves behind lacks it, is never read, and goes with the next save.
-Orbax itself may load a flipped byte as different weights. Hence the checksums: of the files, so
-that damage is known before Orbax meets it, and of the leaves, so that what comes out is what went in.
+Orbax may load a flipped byte as different weights. Hence the checksums: of the files, so that
+damage is known before Orbax meets it, and of the leaves, so that what went in comes out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import IO, Any
 
@@ -43,7 +43,7 @@ from eqst.card import (
     write_whole,
 )
 
-# One import serves whoever keeps runs; who only wants packaged weights may take `eqst.card`.
+# One import serves whoever keeps runs.
 __all__ = [
     "CheckpointError",
     "Checkpoints",
@@ -245,12 +245,18 @@ def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
     _wait_for_all(f"eqst may save {root.name} {step}")
     _orbax().save(folder, tree, checkpointable_name="state")
     if jax.process_index() == 0:
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        files = {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
+        files = {
+            str(path.relative_to(folder)): digest(path.read_bytes()) for path in _files_in(folder)
+        }
         body = {"step": step, "metric": metric, "files": files, "leaves": leaves}
         seal = {"format_version": FORMAT_VERSION, "sha256": digest(to_json(body)), "body": body}
         write_whole(folder / SEAL_NAME, to_json(seal))
     _wait_for_all(f"eqst saved {root.name} {step}")
+
+
+def _files_in(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        yield from _files_in(path) if path.is_dir() else [path]
 
 
 def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
