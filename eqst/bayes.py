@@ -26,6 +26,7 @@ from eqst import eq
 
 PRECISION = jax.lax.Precision.HIGHEST
 BANK = 32_768  # prior draws the chains start from
+BANK_SHARE = 1024.0  # how many of them must count: all runs share the bank and its errors
 PAIRS_AT_ONCE = 64
 
 
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
     runs: int = 4
     walkers: int = 32
     stride: int = 8
-    stages: int = 8
+    stages: int = 12
     settle: int = 4
     kept: int = 24
 
@@ -235,7 +236,7 @@ def _heat_for(misfit_nW, heat_n, wanted: float) -> jax.Array:
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     whole = 1.0 - heat_n
-    low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(whole), whole))
+    low, _ = jax.lax.fori_loop(0, 14, halve, (jnp.zeros_like(whole), whole))
     return jnp.where(share(whole) >= wanted, 1.0, heat_n + low)
 
 
@@ -257,7 +258,7 @@ def _start(problem, bank_unit, bank_model_BR, key, *, table, sample_rate, walker
     misfit_nB = jnp.sum(bank_model_BR**2, axis=1)[None, :] - 2.0 * jnp.matmul(
         problem.y_nR, bank_model_BR.T, precision=PRECISION
     )
-    heat_n = _heat_for(misfit_nB, jnp.zeros(len(problem.y_nR)), 2.0 * walkers)
+    heat_n = _heat_for(misfit_nB, jnp.zeros(len(problem.y_nR)), BANK_SHARE)
     unit = bank_unit[_resample(misfit_nB, heat_n, key, walkers)]
     return _Chain(unit, _misfit(problem, unit, table, sample_rate)), heat_n
 

@@ -5,22 +5,20 @@ A run's folder:
     config.json                 the card, see `eqst.card`
     checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest two)
     checkpoints/best/STEP/      an Orbax checkpoint of {"params": ..} (the best one)
-    .../STEP/eqst.json          our seal on each: a checksum for every file and every leaf
+    .../STEP/eqst.json          `eqst.seal`: a checksum for every file and every leaf
 
 The seal is written last and in one motion, so it is also what makes a checkpoint count: whatever
 a process killed at any moment leaves behind lacks it, is never read, and goes with the next save.
-Orbax may load a flipped byte as different weights. Hence the checksums: of the files, so that
-damage is known before Orbax meets it, and of the leaves, so that what went in comes out.
+Checksums are there because Orbax may load a flipped byte as different weights.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import IO, Any
 
@@ -29,19 +27,16 @@ import numpy as np
 from etils import epath
 
 from eqst.card import (
-    FORMAT_VERSION,
     CheckpointError,
     Loaded,
-    digest,
     load_weights,
     named_leaves,
     nested,
     read_card,
     save_weights,
-    to_json,
     write_card,
-    write_whole,
 )
+from eqst.seal import DAMAGED_NAME, SEAL_NAME, Damaged, leaf_facts, read_seal, write_seal
 
 # One import serves whoever keeps runs.
 __all__ = [
@@ -55,14 +50,7 @@ __all__ = [
     "write_card",
 ]
 
-SEAL_NAME = "eqst.json"
-DAMAGED_NAME = "eqst.damaged.json"
-
 _log = logging.getLogger("eqst")
-
-
-class _Damaged(Exception):
-    """A checkpoint whose files are not what was saved."""
 
 
 class Checkpoints:
@@ -104,9 +92,15 @@ class Checkpoints:
         return steps[-1] if steps else None
 
     def best_metric(self) -> float | None:
-        """The metric that `save_best` last accepted, or None."""
+        """The metric that `save_best` last accepted; None without one, or where it is damaged."""
         steps = _complete_steps(self._best)
-        return float(_read_seal(self._best / str(steps[-1]))["metric"]) if steps else None
+        if not steps:
+            return None
+        try:
+            return float(read_seal(self._best / str(steps[-1]))["metric"])
+        except Damaged as error:
+            _log.warning("the best checkpoint in %s is damaged (%s)", self._best, error)
+            return None
 
     def save(self, step: int, state_tree: Any) -> bool:
         """Saves the training state and drops all but the newest `keep` checkpoints.
@@ -139,7 +133,7 @@ class Checkpoints:
         best = self.best_metric()
         if not math.isfinite(metric) or (best is not None and metric >= best):
             return False
-        if step in _complete_steps(self._best):
+        if best is not None and step in _complete_steps(self._best):
             return False
         _save(self._best, step, {"params": params_tree}, metric=float(metric))
         _prune(self._best, keep=[step])
@@ -167,7 +161,7 @@ class Checkpoints:
         target_tree = jax.tree.unflatten(jax.tree.structure(abstract_state), targets.values())
 
         def read(step: int) -> Any:
-            seal = _agreed(lambda: _read_seal(self._last / str(step)))
+            seal = _agreed(lambda: read_seal(self._last / str(step)))
             _check_same_tree(seal["leaves"], targets, self._last / str(step))
             return _agreed(lambda: _read_tree(self._last / str(step), target_tree, seal["leaves"]))
 
@@ -205,7 +199,7 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
         )
 
     def read(step: int) -> Any:
-        leaves = _read_seal(root / str(step))["leaves"]
+        leaves = read_seal(root / str(step))["leaves"]
         wanted = {name: facts for name, facts in leaves.items() if name.startswith("params/")}
         if not wanted:
             raise CheckpointError(f"{root / str(step)} has no params: it is no training state")
@@ -237,7 +231,7 @@ def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
     tree = jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree
     )
-    leaves = {name: _facts(leaf) for name, leaf in named_leaves(tree).items()}
+    leaves = {name: leaf_facts(leaf) for name, leaf in named_leaves(tree).items()}
     folder = root / str(step)
     # Without a seal this is what an interrupted save or a damaged checkpoint left.
     if jax.process_index() == 0 and folder.exists():
@@ -245,18 +239,8 @@ def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
     _wait_for_all(f"eqst may save {root.name} {step}")
     _orbax().save(folder, tree, checkpointable_name="state")
     if jax.process_index() == 0:
-        files = {
-            str(path.relative_to(folder)): digest(path.read_bytes()) for path in _files_in(folder)
-        }
-        body = {"step": step, "metric": metric, "files": files, "leaves": leaves}
-        seal = {"format_version": FORMAT_VERSION, "sha256": digest(to_json(body)), "body": body}
-        write_whole(folder / SEAL_NAME, to_json(seal))
+        write_seal(folder, step=step, metric=metric, leaves=leaves)
     _wait_for_all(f"eqst saved {root.name} {step}")
-
-
-def _files_in(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        yield from _files_in(path) if path.is_dir() else [path]
 
 
 def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
@@ -288,7 +272,7 @@ def _newest_readable(
     for step in reversed(steps):
         try:
             tree = read(step)
-        except _Damaged as error:
+        except Damaged as error:
             damaged[step] = str(error)
             continue
         if damaged:
@@ -304,28 +288,6 @@ def _newest_readable(
     )
 
 
-def _read_seal(folder: epath.Path) -> dict[str, Any]:
-    """What was recorded of a checkpoint (step, metric, files, leaves), once its files are whole.
-
-    The files come first because Orbax, given a damaged one, fills the screen before it gives up.
-    """
-    try:
-        seal = json.loads((folder / SEAL_NAME).read_text())
-        intact = seal["sha256"] == digest(to_json(seal["body"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _Damaged(f"{SEAL_NAME} cannot be read: {type(error).__name__}") from error
-    if not intact:
-        raise _Damaged(f"{SEAL_NAME} does not match its own checksum")
-    for name, expected in seal["body"]["files"].items():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            raise _Damaged(f"{name} cannot be read: {type(error).__name__}") from error
-        if digest(content) != expected:
-            raise _Damaged(f"{name} does not match its checksum")
-    return seal["body"]
-
-
 def _read_tree(
     folder: epath.Path, targets: Any, leaves: Mapping[str, Any], *, partial: bool = False
 ) -> Any:
@@ -337,11 +299,11 @@ def _read_tree(
             targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
         tree = ocp.load(folder, targets, checkpointable_name="state")
     except Exception as error:
-        raise _Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
+        raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
     found = named_leaves(tree)
     for name, facts in leaves.items():
-        if _facts(found[name]) != facts:
-            raise _Damaged(f"{name} does not match its checksum")
+        if leaf_facts(found[name]) != facts:
+            raise Damaged(f"{name} does not match its checksum")
     return tree
 
 
@@ -377,19 +339,6 @@ def _target(name: str, leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _facts(leaf: Any) -> dict[str, Any]:
-    """Shape, dtype and content checksum of a leaf, as they stand in eqst.json."""
-    shape, dtype = list(leaf.shape), str(leaf.dtype)
-    if isinstance(leaf, jax.Array):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if not leaf.is_fully_addressable:
-            if not leaf.is_fully_replicated:
-                raise ValueError(f"a leaf {dtype}{shape} is split over processes: copy it to all")
-            leaf = leaf.addressable_data(0)
-    return {"shape": shape, "dtype": dtype, "sha256": digest(np.asarray(leaf).tobytes())}
-
-
 def _agreed(read: Callable[[], Any]) -> Any:
     """`read()`, damaged for all processes where it is for one: they must go on from one step."""
     if jax.process_count() == 1:
@@ -399,13 +348,13 @@ def _agreed(read: Callable[[], Any]) -> Any:
     result, damage = None, None
     try:
         result = read()
-    except _Damaged as error:
+    except Damaged as error:
         damage = error
     fine = multihost_utils.process_allgather(np.asarray(damage is None))
     if damage is not None:
         raise damage
     if not np.all(fine):
-        raise _Damaged("another process cannot read it")
+        raise Damaged("another process cannot read it")
     return result
 
 

@@ -101,8 +101,6 @@ class Model:
     hidden: int = 512
     blocks: int = 2
     dropout: float = 0.0
-    # Networks of one model whose predictions are averaged.
-    members: int = 1
     bfloat16: bool = False
 
 
@@ -211,7 +209,6 @@ BOUNDS = {
     "model.hidden": (4, 16384),
     "model.blocks": (0, 64),
     "model.dropout": (0.0, 0.9),
-    "model.members": (1, 64),
     "loss.parameters": (0.0, 1e6),
     "loss.response": (0.0, 1e6),
     "loss.gain": (0.0, 1e6),

@@ -16,9 +16,8 @@ from numpy.typing import ArrayLike
 
 from eqst import biquad, config, eq
 
-# Power below which a segment counts as digital silence (full scale is 1). Its square, which the
-# derivative divides by, is still a float32.
-TINY = 1e-18
+# Power below which a segment counts as digital silence (full scale is 1).
+TINY = 1e-20
 
 
 def mel(freq_hz: ArrayLike) -> np.ndarray:

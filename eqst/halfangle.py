@@ -134,23 +134,34 @@ def partials(t: Terms, shape: Shape) -> tuple[jax.Array, ...]:
     num = 1.0 / (t.num_u * t.num_u + t.num_r * product)
     den = 1.0 / (t.den_u * t.den_u + t.den_r * product)
     num_2u, den_2u = 2.0 * t.num_u * num, 2.0 * t.den_u * den
-    num_r, den_r = t.num_r * num, t.den_r * den
+    num_l, den_l = _lift(shape.num_lift, t.c, t.s), _lift(shape.den_lift, t.c, t.s)
+    # Wherever numerator and denominator nearly agree, the differences 2 Un / N - 2 Ud / D and
+    # Rn / N - Rd / D of what is above and below the line would cancel. Multiplied out they need
+    # only Ud - Un, which is 0 for peaks, and Rn - Rd, which is 0 for shelves.
+    gap, spread = t.a_minus_1 * (den_l - num_l), t.num_r - t.den_r
+    u_difference = 2.0 * (gap * num) * ((t.num_u * t.den_u - t.den_r * product) * den) - spread * (
+        product * num * den_2u
+    )
+    r_difference = (t.num_r * gap * (t.num_u + t.den_u) + spread * t.num_u * t.num_u) * num * den
 
-    lift = _lift(shape.num_lift, t.c, t.s) * num_2u - _lift(shape.den_lift, t.c, t.s) * den_2u
     by_gain = (
-        (1.0 + t.a_minus_1) * lift
-        + (shape.num_r * num_r - shape.den_r * den_r) * product
+        (1.0 + t.a_minus_1) * (num_l * num_2u - den_l * den_2u)
+        + (shape.num_r * t.num_r * num - shape.den_r * t.den_r * den) * product
         + 2.0 * shape.s
     )
-    by_q = -2.0 * (num_r - den_r) * product
+    by_q = -2.0 * r_difference * product
     # By t0, D changes by sin 2 t0, C by that times cos^2 t, S by that times -sin^2 t.
-    num_du = 1.0 + t.a_minus_1 * _lift(shape.num_lift, cos2_t, -sin2_t)
-    den_du = 1.0 + t.a_minus_1 * _lift(shape.den_lift, cos2_t, -sin2_t)
-    twist = (num_r - den_r) * (sin2_t * cos2_t * (cos2_t0 - sin2_t0))
-    by_cutoff = (2.0 * t.sin_t0 * t.cos_t0) * (num_du * num_2u - den_du * den_2u + twist)
-    # By t the same with the two angles exchanged and C and S in each other's place.
-    num_du = 1.0 + t.a_minus_1 * _lift(shape.num_lift, sin2_t0, -cos2_t0)
-    den_du = 1.0 + t.a_minus_1 * _lift(shape.den_lift, sin2_t0, -cos2_t0)
-    twist = (num_r - den_r) * (sin2_t0 * cos2_t0 * (cos2_t - sin2_t))
-    by_freq = (2.0 * t.sin_t * t.cos_t) * (den_du * den_2u - num_du * num_2u + twist)
+    num_l, den_l = (_lift(lift, cos2_t, -sin2_t) for lift in (shape.num_lift, shape.den_lift))
+    by_cutoff = (2.0 * t.sin_t0 * t.cos_t0) * (
+        u_difference
+        + t.a_minus_1 * (num_l * num_2u - den_l * den_2u)
+        + r_difference * (sin2_t * cos2_t * (cos2_t0 - sin2_t0))
+    )
+    # By t the same with the two angles exchanged, and with them the signs of D, C and S.
+    num_l, den_l = (_lift(lift, sin2_t0, -cos2_t0) for lift in (shape.num_lift, shape.den_lift))
+    by_freq = (-2.0 * t.sin_t * t.cos_t) * (
+        u_difference
+        + t.a_minus_1 * (num_l * num_2u - den_l * den_2u)
+        - r_difference * (sin2_t0 * cos2_t0 * (cos2_t - sin2_t))
+    )
     return by_cutoff, by_gain, by_q, by_freq

@@ -265,8 +265,10 @@ def filter_circular(
 ) -> jax.Array:
     """A segment filtered exactly, by one circular FFT over its context and itself.
 
-    The filter's ring runs round the circle into the context, which is thrown away: with 1.5 s of
-    context what comes round again is under -100 dB for every EQ of the table (design section 3).
+    The filter's ring runs round the circle into the context, which is thrown away. With 1.5 s of
+    context the error on speech, against a filter over the whole recording, is -110 dB of the
+    segment's peak for random EQs of the paper's table, and -88 dB for two low shelves of highest Q
+    at its lowest frequency (tests/test_pairs.py).
 
     Args:
       samples_T: [context + T] the segment with what came before it in the recording.

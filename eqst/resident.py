@@ -97,7 +97,7 @@ def _band_powers(config: Config, corpus: Corpus, recording: int, measure: Callab
     step = _FRAMES * hops[0]
     parts = [
         measure(corpus.segment(recording, start, step + long - hops[0]))
-        for start in range(0, max(length - long, 0) + 1, step)
+        for start in range(0, max(length - short, 0) + 1, step)
     ]
     return [
         np.concatenate([np.asarray(part[i]) for part in parts])[

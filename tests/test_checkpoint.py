@@ -21,6 +21,7 @@ import pytest
 from eqst import checkpoint
 from eqst.checkpoint import CheckpointError, Checkpoints
 from eqst.mesh import Shardings, make_mesh
+from eqst.seal import SEAL_NAME
 
 CARD = {
     "config": {"model": {"channels": 20}, "seed": 3},
@@ -276,7 +277,7 @@ def flip_data(step_folder: Path) -> None:
 
 def edit_seal(step_folder: Path) -> None:
     """Still JSON, and wrong: only the seal's own checksum can tell."""
-    path = step_folder / checkpoint.SEAL_NAME
+    path = step_folder / SEAL_NAME
     seal = json.loads(path.read_text())
     seal["body"]["leaves"]["params/head/kernel"]["shape"] = [64, 13]
     path.write_text(json.dumps(seal))
@@ -287,9 +288,9 @@ DAMAGES = {
     "truncated data": lambda folder: truncate(data_file(folder)),
     "no data": lambda folder: remove(data_file(folder)),
     "no manifest": lambda folder: remove(folder / "state" / "manifest.ocdbt"),
-    "flipped seal": lambda folder: flip_bytes(folder / checkpoint.SEAL_NAME),
+    "flipped seal": lambda folder: flip_bytes(folder / SEAL_NAME),
     "edited seal": edit_seal,
-    "truncated seal": lambda folder: truncate(folder / checkpoint.SEAL_NAME),
+    "truncated seal": lambda folder: truncate(folder / SEAL_NAME),
 }
 
 
@@ -338,6 +339,15 @@ def test_no_damage_to_any_file_is_ever_loaded(tmp_path: Path) -> None:
             assert restored is not None
             assert restored[0] == 10, (file, damage)
             assert_same(restored[1], older)
+
+
+def test_a_damaged_best_makes_room(tmp_path: Path) -> None:
+    checkpoint.write_card(tmp_path, CARD)
+    with Checkpoints(tmp_path) as run:
+        run.save_best(3, {"w": jnp.zeros(9)}, 1.0)
+        flip_data(tmp_path / "checkpoints" / "best" / "3")
+        assert run.save_best(3, {"w": jnp.ones(9)}, 2.0)
+    np.testing.assert_array_equal(checkpoint.load(tmp_path).params["w"], np.ones(9, np.float32))
 
 
 LOAD_LAST = "import sys; from eqst import checkpoint; checkpoint.load(sys.argv[1], which='last')"
@@ -398,7 +408,7 @@ def test_what_a_killed_save_leaves_is_passed_over_and_cleaned(tmp_path: Path) ->
     with Checkpoints(tmp_path) as run:
         run.save(1, state)
         run.save(2, state)
-        (last / "2" / checkpoint.SEAL_NAME).unlink()  # killed between Orbax's commit and the seal
+        (last / "2" / SEAL_NAME).unlink()  # killed between Orbax's commit and the seal
         (last / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # killed while writing
         assert run.latest_step() == 1
         restored = run.restore(abstract(state))

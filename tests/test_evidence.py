@@ -60,7 +60,7 @@ def test_an_equaliser_shifts_both_spectra_by_its_response():
 
 def test_level_shifts_everything_alike_whatever_the_floor():
     audio_T = bursts(1)
-    audio_T[: RATE] = 0.0  # digital silence: those frames stand on the floor
+    audio_T[:RATE] = 0.0  # digital silence: those frames stand on the floor
     before, after = evidence(audio_T, RATE), evidence(audio_T * 10 ** (-30 / 20), RATE)
     np.testing.assert_allclose(after.power_db, before.power_db - 30, atol=1e-3)
     np.testing.assert_allclose(after.geometric_db, before.geometric_db - 30, atol=1e-3)
@@ -87,9 +87,7 @@ def test_long_and_short_audio_agree_with_one_pass():
     power_NM = (np.abs(spectrum_FN) ** 2).T @ band_matrix(float(RATE)).T
     expected_M = 10 * np.log10(power_NM.mean(axis=0))
     found_M = evidence(audio_T, RATE).power_db
-    np.testing.assert_allclose(
-        found_M - found_M.mean(), expected_M - expected_M.mean(), atol=1e-3
-    )
+    np.testing.assert_allclose(found_M - found_M.mean(), expected_M - expected_M.mean(), atol=1e-3)
     assert np.isfinite(evidence(audio_T[:1000], RATE).power_db).all()
 
 

@@ -14,9 +14,9 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "command", "files", "mesh", "card", "checkpoint"),
+    *("config", "command", "files", "mesh", "card", "seal", "checkpoint"),
     # the equaliser and its responses
-    *("halfangle", "biquad", "curvefit", "eq", "settings"),
+    *("halfangle", "biquad", "curvefit", "eq", "settings", "accuracy"),
     # sound
     *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "corpus"),
     # what is learnt from, and what learns

@@ -63,9 +63,7 @@ def test_shares_within_count_the_bound_itself():
 
 
 def test_parameter_errors_are_masked_where_the_band_is_flat():
-    true = EqParams(
-        np.array([[100.0, 500.0]]), np.array([[0.5, -6.0]]), np.array([[1.0, 2.0]])
-    )
+    true = EqParams(np.array([[100.0, 500.0]]), np.array([[0.5, -6.0]]), np.array([[1.0, 2.0]]))
     predicted = EqParams(
         np.array([[50.0, 1000.0]]), np.array([[2.0, -5.0]]), np.array([[1.0, 0.5]])
     )

@@ -1,0 +1,76 @@
+"""The seal of a checkpoint: a file, written last, with checksums of all that lies beside it.
+
+Without it a folder is no checkpoint; with it, damage to any file is found before anything is read
+from them, and what is read can be compared with what was saved, leaf by leaf.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from eqst.card import FORMAT_VERSION, digest, to_json, write_whole
+
+SEAL_NAME = "eqst.json"
+DAMAGED_NAME = "eqst.damaged.json"
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are not what was saved."""
+
+
+def write_seal(folder: epath.Path, **facts: Any) -> None:
+    """Seals a folder: its files as they are now, and `facts` (JSON), in one motion."""
+    files = {str(path.relative_to(folder)): digest(path.read_bytes()) for path in _files_in(folder)}
+    body = {**facts, "files": files}
+    seal = {"format_version": FORMAT_VERSION, "sha256": digest(to_json(body)), "body": body}
+    write_whole(folder / SEAL_NAME, to_json(seal))
+
+
+def read_seal(folder: epath.Path) -> dict[str, Any]:
+    """What `write_seal` was given, once every file is found to be as it was then.
+
+    The files come first because Orbax, given a damaged one, fills the screen before it gives up.
+
+    Raises:
+      Damaged: a file, or the seal itself, is not what it was.
+    """
+    try:
+        seal = json.loads((folder / SEAL_NAME).read_text())
+        intact = seal["sha256"] == digest(to_json(seal["body"]))
+        files = seal["body"]["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{SEAL_NAME} cannot be read: {type(error).__name__}") from error
+    if not intact:
+        raise Damaged(f"{SEAL_NAME} does not match its own checksum")
+    for name, expected in files.items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {type(error).__name__}") from error
+        if digest(content) != expected:
+            raise Damaged(f"{name} does not match its checksum")
+    return seal["body"]
+
+
+def leaf_facts(leaf: Any) -> dict[str, Any]:
+    """Shape, dtype and content checksum of a leaf, as they stand in eqst.json."""
+    shape, dtype = list(leaf.shape), str(leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                raise ValueError(f"a leaf {dtype}{shape} is split over processes: copy it to all")
+            leaf = leaf.addressable_data(0)
+    return {"shape": shape, "dtype": dtype, "sha256": digest(np.asarray(leaf).tobytes())}
+
+
+def _files_in(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        yield from _files_in(path) if path.is_dir() else [path]
