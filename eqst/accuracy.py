@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from eqst import biquad, command, eq, files
+from eqst import biquad, command, eq, files, halfangle
 
 RATES = (8000, 16000, 44100, 48000, 96000, 192000)
 RESPONSES = {
@@ -137,22 +137,23 @@ def float64_coefficients(bands: int, seed: int) -> list[Row]:
 def gradients(bands: int, seed: int) -> list[Row]:
     """Float32 derivatives against central differences of the float64 formula, bands / 50 of each.
 
-    By cutoff (dB/Hz), gain (dB/dB) and q (dB): the error as a multiple of 1e-3 |g| + 1e-5. The
-    limit is for the custom rule of cascades; plain autodiff of one band is for the record, but
-    neither may have a value that is not finite.
+    By cutoff (dB/Hz), gain (dB/dB) and q (dB), of cascades and of single bands (their two rules):
+    the error as a multiple of 1e-3 |g| + 1e-5. Plain autodiff is for the record, but no value may
+    be infinite or NaN in it either.
     """
-    rows, broken = [], 0
+    rows, broken, names = [], 0, ("cascade", "band", "autodiff")
     for kind, response in RESPONSES.items():
         for rate in RATES:
-            plain = functools.partial(response, sample_rate=rate)
-            custom = functools.partial(_one_band, kind=kind, sample_rate=rate)
+            band_alone = functools.partial(response, sample_rate=rate)
+            cascade = functools.partial(_one_band, kind=kind, sample_rate=rate)
+            plain = functools.partial(_plain_db, kind, rate)
             derivatives = {
                 name: jax.jit(jnp.vectorize(jax.grad(function, (1, 2, 3))))
-                for name, function in (("custom", custom), ("autodiff", plain))
+                for name, function in zip(names, (cascade, band_alone, plain), strict=True)
             }
             worst = dict.fromkeys(derivatives, 0.0)
             for freq_BF, band in _chunks(seed + 2, rate, max(1, bands // 50)):
-                expected = _differences(plain, freq_BF, band)
+                expected = _differences(band_alone, freq_BF, band)
                 arrays = [np.broadcast_to(np.float32(x), freq_BF.shape) for x in (freq_BF, *band)]
                 for name, function in derivatives.items():
                     for measured, reference in zip(function(*arrays), expected, strict=True):
@@ -161,9 +162,17 @@ def gradients(bands: int, seed: int) -> list[Row]:
                         allowed = 1e-3 * np.abs(reference[finite]) + 1e-5
                         worst[name] = max(worst[name], float(np.max(error / allowed, initial=0.0)))
                         broken += int(np.sum(~finite))
-            for name, limit in (("custom", 1.0), ("autodiff", None)):
+            for name in names:
+                limit = None if name == "autodiff" else 1.0
                 rows.append(_row(f"{kind} at {rate} Hz, {name}", worst[name], limit, "times"))
     return [*rows, _row("values that are not finite", broken, 0, "values")]
+
+
+def _plain_db(kind: str, rate: int, *arrays: jax.Array) -> jax.Array:
+    """One band without a derivative rule of its own, for arrays of one rank."""
+    shape = halfangle.SHAPES[kind]
+    ratio = halfangle.ratio(halfangle.evaluate(shape, rate, *arrays))
+    return 10.0 * jnp.log10(ratio) + (0.5 * shape.s) * arrays[2]
 
 
 def _one_band(*arrays: jax.Array, kind: str, sample_rate: int) -> jax.Array:
@@ -201,8 +210,8 @@ def speed(bands: int, seed: int) -> list[Row]:
         return biquad.cascade_db(freq_F, *band, kinds=eq.KINDS, sample_rate=rate)
 
     def plain(*band):
-        bands_KF = biquad.bands_db(freq_F, *band, kinds=eq.KINDS, sample_rate=rate)
-        return jnp.sum(bands_KF, axis=0)
+        bands = zip(eq.KINDS, *band, strict=True)
+        return sum(_plain_db(kind, rate, freq_F, *one) for kind, *one in bands)
 
     def with_gradient(function):
         def total(*bands):

@@ -40,9 +40,7 @@ def _aligned(*arrays: ArrayLike) -> list[jax.Array]:
 
 
 def _band_db(kind: str, sample_rate: float, *arrays: ArrayLike) -> jax.Array:
-    shape, aligned = halfangle.SHAPES[kind], _aligned(*arrays)
-    ratio = halfangle.ratio(halfangle.evaluate(shape, float(sample_rate), *aligned))
-    return 10.0 * jnp.log10(ratio) + (0.5 * shape.s) * aligned[2]
+    return halfangle.band_db(halfangle.SHAPES[kind], float(sample_rate), *_aligned(*arrays))
 
 
 def _band_complex(kind: str, sample_rate: float, *arrays: ArrayLike) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How every entry point starts and fails: quiet logs, one line for a user's mistake, an exit code."""
+"""How every entry point starts and fails: quiet logs, one line for a mistake, an exit code."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ class Data:
     noise_share: float = 0.0
     noise_low_db: float = -75.0
     noise_high_db: float = -25.0
-    synthetic_talkers: int = 240
-    synthetic_seconds: float = 30.0
+    synthetic_talkers: int = 320
+    synthetic_seconds: float = 24.0
     synthetic_seed: int = 0
 
 

@@ -1,9 +1,7 @@
-"""Recordings with random access: synthetic talkers, folders of audio, TFDS sets.
+"""Where recordings come from: synthetic talkers, folders of audio, TFDS sets; and their splits.
 
-Every source is brought into one store, once: int16 samples of all its recordings in a row at one
-rate, their loudness, and the K-weighted power of every 100 ms. A store lives in the cache folder
-under a name made from everything that went into it, so a changed file makes a new store.
-A recording is all the audio of one talker (or track), joined (design section 3).
+Every source is brought into a store once (see `eqst.store`). A recording is all the audio of one
+talker (or track), joined (design section 3).
 """
 
 from __future__ import annotations
@@ -11,81 +9,18 @@ from __future__ import annotations
 import csv
 import hashlib
 import inspect
-import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from eqst import audio, config, synthetic, talkers
+from eqst.store import HOPS_PER_SECOND, Corpus, CorpusError, Recording, load_store, make_store
 
-FORMAT = 1
-TARGET_LUFS = -23.0
-HOPS_PER_SECOND = 10  # of the K-weighted powers, and of the starts a segment may have
+__all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus"]
+
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".rf64")
-
-
-class CorpusError(ValueError):
-    """A source that cannot be used: one line with what, and the way out."""
-
-
-class Corpus(NamedTuple):
-    """Recordings of one or several stores, all at one rate.
-
-    Attributes:
-      sample_rate: in Hz.
-      talker_R: a name for each recording, unique.
-      store_R: which of `samples` holds the recording.
-      start_R, length_R: where it lies there, in samples.
-      gain_R: factor that brings its int16 samples / 32768 to -23 LUFS.
-      weight_R: probability of being drawn; sums to 1.
-      power_R: for each recording its K-weighted mean square per 100 ms, at -23 LUFS.
-      samples: the stores' int16 samples (memory-mapped).
-      skipped: recordings left out, with the reason.
-    """
-
-    sample_rate: int
-    talker_R: tuple[str, ...]
-    store_R: np.ndarray
-    start_R: np.ndarray
-    length_R: np.ndarray
-    gain_R: np.ndarray
-    weight_R: np.ndarray
-    power_R: tuple[np.ndarray, ...]
-    samples: tuple[np.ndarray, ...]
-    skipped: tuple[str, ...] = ()
-
-    def segment(self, recording: int, start: int, length: int) -> np.ndarray:
-        """[length] float32 at -23 LUFS from sample `start`; zeros outside the recording."""
-        begin, end = max(start, 0), min(start + length, int(self.length_R[recording]))
-        out_T = np.zeros(length, np.float32)
-        if end > begin:
-            offset = int(self.start_R[recording])
-            source = self.samples[self.store_R[recording]]
-            piece = source[offset + begin : offset + end].astype(np.float32)
-            out_T[begin - start : end - start] = piece * (self.gain_R[recording] / 32768.0)
-        return out_T
-
-    def seconds(self) -> float:
-        """Length of all recordings together."""
-        return float(self.length_R.sum()) / self.sample_rate
-
-    def select(self, keep: np.ndarray) -> Corpus:
-        """The recordings with these indices; their weights are scaled to sum to 1."""
-        weight_R = self.weight_R[keep]
-        return self._replace(
-            talker_R=tuple(self.talker_R[i] for i in keep),
-            store_R=self.store_R[keep],
-            start_R=self.start_R[keep],
-            length_R=self.length_R[keep],
-            gain_R=self.gain_R[keep],
-            weight_R=weight_R / weight_R.sum(),
-            power_R=tuple(self.power_R[i] for i in keep),
-        )
 
 
 def open_corpus(data: config.Data, split: str, progress: Callable[[str], None] = print) -> Corpus:
@@ -115,7 +50,7 @@ def _open_source(source: str, data: config.Data, split: str, progress: Callable)
         store, official = _folder_store(pathlib.Path(source[7:]).expanduser(), data, progress)
     else:
         store, official = _tfds_store(source[5:], data, progress), None
-    corpus = _load_store(store, source)
+    corpus = load_store(store, source)
     keep = _split(corpus.talker_R, split, data, official, source)
     return corpus.select(keep)
 
@@ -179,138 +114,6 @@ def _join(parts: list[tuple[Corpus, float]]) -> Corpus:
     )
 
 
-# --- the store on disk ---------------------------------------------------------------------------
-
-
-class Recording(NamedTuple):
-    """One recording on its way into a store: a name, [T] float32 samples, and what is missing."""
-
-    talker: str
-    samples_T: np.ndarray
-    skipped: tuple[str, ...] = ()
-
-
-def _cache_root(data: config.Data) -> pathlib.Path:
-    if data.cache_dir:
-        return pathlib.Path(data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "eqst"
-
-
-def _store(
-    data: config.Data,
-    name: str,
-    ingredients: Any,
-    recordings: Callable[[], Iterator[Recording | str]],
-    progress: Callable[[str], None],
-) -> pathlib.Path:
-    """The store made of `ingredients`, built by `recordings` if it is not there yet.
-
-    It is built under a temporary name and renamed when whole: an interrupted or parallel build
-    never leaves half a store behind.
-    """
-    facts = json.dumps([FORMAT, data.sample_rate, ingredients], sort_keys=True)
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    root = _cache_root(data)
-    folder = root / f"{name}-{digest}"
-    if (folder / "index.json").exists():
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-    except OSError as error:
-        raise CorpusError(
-            f"cache folder {root}: {error.strerror}; set --config.data.cache_dir"
-        ) from None
-    try:
-        _write_store(temporary, data.sample_rate, name, recordings(), progress)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process finished the same store first
-            if not (folder / "index.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _write_store(
-    folder: pathlib.Path,
-    sample_rate: int,
-    name: str,
-    recordings: Iterator[Recording | str],
-    progress: Callable[[str], None],
-) -> None:
-    index: dict[str, Any] = {"sample_rate": sample_rate, "recordings": [], "skipped": []}
-    powers, start = [], 0
-
-    def leave_out(reason: str) -> None:
-        index["skipped"].append(reason)
-        progress(f"{name}: left out {reason}")
-
-    with open(folder / "samples.int16", "wb") as file:
-        for item in recordings:
-            if isinstance(item, str):
-                leave_out(item)
-                continue
-            for reason in item.skipped:
-                leave_out(reason)
-            samples_T = item.samples_T
-            peak = float(np.abs(samples_T).max(initial=0.0))
-            power_J = audio.k_weighted_power(samples_T[:, None], sample_rate)
-            try:
-                loudness = audio.gated_loudness_lufs(power_J)
-            except audio.AudioError as error:
-                leave_out(f"{item.talker}: {error}")
-                continue
-            if not np.isfinite(loudness):
-                leave_out(f"{item.talker}: silent")
-                continue
-            gain = 10.0 ** ((TARGET_LUFS - loudness) / 20.0)
-            scale = 32767.0 / peak
-            file.write(np.round(samples_T * scale).astype("<i2").tobytes())
-            index["recordings"].append(
-                {
-                    "talker": item.talker,
-                    "start": start,
-                    "length": len(samples_T),
-                    "gain": gain * 32768.0 / scale,
-                    "blocks": len(power_J),
-                }
-            )
-            start += len(samples_T)
-            powers.append((power_J * gain**2).astype(np.float32))
-    if not powers:
-        raise CorpusError(f"{name}: no usable audio; {'; '.join(index['skipped'][:3])}")
-    np.save(folder / "power.npy", np.concatenate(powers))
-    (folder / "index.json").write_text(json.dumps(index))
-
-
-def _load_store(folder: pathlib.Path, source: str) -> Corpus:
-    index = json.loads((folder / "index.json").read_text())
-    recordings = index["recordings"]
-    power_V = np.load(folder / "power.npy")
-    ends = np.cumsum([recording["blocks"] for recording in recordings])
-    count = len(recordings)
-    prefix = source.split(":")[0]
-    return Corpus(
-        sample_rate=index["sample_rate"],
-        talker_R=tuple(f"{prefix}/{recording['talker']}" for recording in recordings),
-        store_R=np.zeros(count, np.int32),
-        start_R=np.array([recording["start"] for recording in recordings], np.int64),
-        length_R=np.array([recording["length"] for recording in recordings], np.int64),
-        gain_R=np.array([recording["gain"] for recording in recordings], np.float32),
-        # Longer recordings hold more to learn from, but no talker may rule.
-        weight_R=np.sqrt([float(recording["length"]) for recording in recordings]),
-        power_R=tuple(np.split(power_V, ends[:-1])),
-        samples=(np.memmap(folder / "samples.int16", "<i2", mode="r"),),
-        skipped=tuple(index["skipped"]),
-    )
-
-
-# --- the sources ---------------------------------------------------------------------------------
-
-
 def _parallel(function: Callable, tasks: list, name: str, progress: Callable) -> Iterator:
     """Results in order from one process per core, with a line every tenth of the way."""
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
@@ -335,7 +138,7 @@ def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
     facts = [hashlib.sha256(code.encode()).hexdigest(), seed, data.synthetic_talkers, seconds]
     tasks = [(seed, talker, seconds, data.sample_rate) for talker in range(data.synthetic_talkers)]
     make = lambda: _parallel(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
-    return _store(data, "synthetic", facts, make, progress)
+    return make_store(data, "synthetic", facts, make, progress)
 
 
 def _folder_files(
@@ -413,7 +216,7 @@ def _folder_store(
         for talker, paths in talkers.items()
     ]
     make = lambda: _parallel(_folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
-    store = _store(data, "folder", facts, make, progress)
+    store = make_store(data, "folder", facts, make, progress)
     if official is not None:
         official = {f"folder/{talker}": split for talker, split in official.items()}
     return store, official
@@ -456,4 +259,4 @@ def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Pat
             yield Recording(label, np.concatenate(pieces))
 
     facts = [builder.info.full_name, str(builder.data_dir), len(source)]
-    return _store(data, "tfds", facts, recordings, progress)
+    return make_store(data, "tfds", facts, recordings, progress)

@@ -24,7 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from eqst import baselines, card, checkpoint, command, corpus, eq, metrics, observe, pairs, predictor, report
+from eqst import (
+    baselines,
+    card,
+    checkpoint,
+    command,
+    corpus,
+    eq,
+    metrics,
+    observe,
+    pairs,
+    predictor,
+    report,
+)
 from eqst.config import Config, Data, from_dict
 from eqst.evidence import Evidence, evidence, stack
 from eqst.files import check_target, write_json, write_text

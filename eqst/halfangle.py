@@ -21,6 +21,7 @@ as expm1, so that 0 dB is flat to the last bit.
 Only `biquad` uses this module, and its functions are the ones to call.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -165,3 +166,32 @@ def partials(t: Terms, shape: Shape) -> tuple[jax.Array, ...]:
         - r_difference * (sin2_t0 * cos2_t0 * (cos2_t - sin2_t))
     )
     return by_cutoff, by_gain, by_q, by_freq
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def band_db(
+    shape: Shape,
+    sample_rate: float,
+    freq_hz: jax.Array,
+    cutoff_hz: jax.Array,
+    gain_db: jax.Array,
+    q: jax.Array,
+) -> jax.Array:
+    """Response of one band in dB; arrays of one rank, which broadcast.
+
+    Its derivatives, of either mode and any order, are those of `partials`: autodiff of the quotient
+    cancels where they do not, up to 4e-5 dB per unit of q.
+    """
+    terms = evaluate(shape, sample_rate, freq_hz, cutoff_hz, gain_db, q)
+    return 10.0 * jnp.log10(ratio(terms)) + (0.5 * shape.s) * gain_db
+
+
+@functools.partial(band_db.defjvp, symbolic_zeros=True)
+def _band_db_jvp(shape, sample_rate, arrays, tangents):
+    by_cutoff, by_gain, by_q, by_freq = partials(evaluate(shape, sample_rate, *arrays), shape)
+    per_hz = DB * math.pi / sample_rate
+    slopes = (per_hz * by_freq, per_hz * by_cutoff, (DB * LN_A) * by_gain, (DB / arrays[3]) * by_q)
+    zero = jax.custom_derivatives.SymbolicZero
+    moved = [slope * dx for slope, dx in zip(slopes, tangents, strict=True) if type(dx) is not zero]
+    value = band_db(shape, sample_rate, *arrays)
+    return value, sum(moved, start=jnp.zeros_like(value))

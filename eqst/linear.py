@@ -96,15 +96,39 @@ def noise_model(
     return noise._replace(covariance_DD=noise.covariance_DD + np.diag(extra_D))
 
 
+class Factors(NamedTuple):
+    """A linear estimate as curve_FE diag(1 / (signal_E + temperature)) data_ED: see below."""
+
+    data_ED: np.ndarray
+    signal_E: np.ndarray
+    curve_FE: np.ndarray
+
+
+def wiener_factors(prior: Prior, noise: bayes.Noise) -> Factors:
+    """The best linear estimate of the level-free curve, for all temperatures at once.
+
+    With G the level-free stack of the response once per kind of spectrum and N = L L' the noise,
+    the estimate is prior.FM G' (G prior.MM G' + t N)^-1 data, and one eigendecomposition of
+    L^-1 G prior.MM G' L^-T serves every temperature t.
+    """
+    bands = len(prior.MM)
+    dimensions = len(noise.mean_D)
+    level_DD = np.eye(dimensions) - 1.0 / dimensions
+    seen_DM = level_DD @ np.tile(np.eye(bands), (dimensions // bands, 1))
+    whiten_DD = np.linalg.inv(np.linalg.cholesky(noise.covariance_DD))
+    white_DM = whiten_DD @ seen_DM
+    signal_E, direction_DE = np.linalg.eigh(white_DM @ prior.MM @ white_DM.T)
+    return Factors(
+        direction_DE.T @ whiten_DD @ level_DD,
+        np.maximum(signal_E, 0.0),
+        prior.FM @ white_DM.T @ direction_DE,
+    )
+
+
 def wiener(prior: Prior, noise: bayes.Noise, temperature: float) -> np.ndarray:
     """Best linear estimate of the level-free curve from an evidence difference, [F, D]."""
-    bands = len(prior.MM)
-    kinds = len(noise.mean_D) // bands
-    stack_DM = np.tile(np.eye(bands), (kinds, 1))
-    level_DD = np.eye(len(noise.mean_D)) - 1.0 / len(noise.mean_D)
-    seen_DM = level_DD @ stack_DM
-    covariance_DD = seen_DM @ prior.MM @ seen_DM.T + noise.covariance_DD * temperature
-    return prior.FM @ seen_DM.T @ np.linalg.inv(covariance_DD) @ level_DD
+    factors = wiener_factors(prior, noise)
+    return (factors.curve_FE / (factors.signal_E + temperature)) @ factors.data_ED
 
 
 def tune_gaussian(
@@ -127,13 +151,15 @@ def tune_gaussian(
     for shrink in NOISE_SHRINKS:
         for power_extra in POWER_EXTRAS_DB2:
             options = {"shrink": shrink, "power_extra_db2": power_extra, "centred": centred}
-            noises = [noise_model(residual_nD[fold_n != k], **options) for k in range(FOLDS)]
-            for temperature in TEMPERATURES:
-                curve_nF = np.zeros_like(true_nF)
-                for k, noise in enumerate(noises):
-                    rows = fold_n == k
-                    curve_FD = wiener(prior, noise, temperature)
-                    curve_nF[rows] = (seen_nD[rows] - noise.mean_D) @ curve_FD.T
+            curve_TnF = np.zeros((len(TEMPERATURES), *true_nF.shape))
+            for k in range(FOLDS):
+                noise = noise_model(residual_nD[fold_n != k], **options)
+                estimate = wiener_factors(prior, noise)
+                part_nD = (seen_nD[fold_n == k] - noise.mean_D) @ estimate.data_ED.T
+                for index, temperature in enumerate(TEMPERATURES):
+                    scaled_nD = part_nD / (estimate.signal_E + temperature)
+                    curve_TnF[index, fold_n == k] = scaled_nD @ estimate.curve_FE.T
+            for temperature, curve_nF in zip(TEMPERATURES, curve_TnF, strict=True):
                 error = float(shape_rmse(curve_nF, true_nF).mean())
                 if error < best_error:
                     best, best_error, best_curve_nF = (options, temperature), error, curve_nF

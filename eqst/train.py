@@ -25,7 +25,7 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from eqst import checkpoint, command, corpus, eq, mesh, objective, observe, predictor, source
+from eqst import batches, checkpoint, command, corpus, eq, mesh, objective, observe, predictor
 from eqst.card import CARD_NAME
 from eqst.config import Config, ConfigError, as_dict, validate
 from eqst.files import write_text
@@ -83,7 +83,7 @@ def _batch_terms(
     config: Config,
     params: predictor.Params,
     normalisation: predictor.Normalisation,
-    seen: source.Seen,
+    seen: batches.Seen,
     key: jax.Array | None,
 ) -> objective.Terms:
     """Terms of every pair, leaves [B]."""
@@ -97,7 +97,7 @@ def _batch_terms(
 
 
 def train_step(
-    config: Config, state: State, normalisation: predictor.Normalisation, seen: source.Seen
+    config: Config, state: State, normalisation: predictor.Normalisation, seen: batches.Seen
 ) -> tuple[State, objective.Terms]:
     """One update. Pure; `config` is static. Returns the new state and the batch's mean terms."""
     # A stream of its own, apart from the one that draws pairs.
@@ -252,9 +252,9 @@ def _run(
         f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min; "
         f"{devices.size} {devices.devices.flat[0].platform} device(s)"
     )
-    batches = source.make_source(config, recordings, devices, say)
+    supply = batches.make_source(config, recordings, devices, say)
     if resumed is None:
-        normalisation = source.measure_normalisation(config, batches)
+        normalisation = batches.measure_normalisation(config, supply)
         facts = {name: np.asarray(x).tolist() for name, x in normalisation._asdict().items()}
         table = dataclasses.asdict(eq.table(config.eq_table))
         card = {"config": as_dict(config), "normalisation": facts, "band_table": table}
@@ -263,7 +263,7 @@ def _run(
         saved.save(0, _saved_tree(state, normalisation))
     choosing = corpus.open_corpus(config.data, "valid", say)
     held_out = not set(choosing.talker_R) & set(recordings.talker_R)
-    valid = source.valid_pairs(config, choosing)
+    valid = batches.valid_pairs(config, choosing)
     valid = jax.device_put(valid, rules.params)
     say(f"valid: {len(valid.label_BKP)} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
     record = Record(workdir, int(state.step), config.train.tensorboard, say)
@@ -272,14 +272,14 @@ def _run(
 
     @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
     def step_once(state: State, normalisation: Any, batch: Any, constants: Any, which: int):
-        return train_step(config, state, normalisation, batches.see(batch, constants, which))
+        return train_step(config, state, normalisation, supply.see(batch, constants, which))
 
     @jax.jit
-    def evaluate(params: predictor.Params, normalisation: Any, seen: source.Seen) -> jax.Array:
+    def evaluate(params: predictor.Params, normalisation: Any, seen: batches.Seen) -> jax.Array:
         return jnp.mean(_batch_terms(config, params, normalisation, seen, None).shape_db)
 
     name = "valid_shape_db" if held_out else "train_exact_shape_db"
-    stream = batches.stream(int(state.step))
+    stream = supply.stream(int(state.step))
     pending: list[tuple[int, objective.Terms]] = []
     waited, since, done_since = 0.0, time.monotonic(), 0
     began, first_step = time.monotonic(), int(state.step)
@@ -288,7 +288,7 @@ def _run(
         batch = next(stream)
         waited += time.monotonic() - before
         which = step % len(config.data.segment_seconds)
-        state, terms = step_once(state, normalisation, batch, batches.constants, which)
+        state, terms = step_once(state, normalisation, batch, supply.constants, which)
         # The step before is read while this one runs.
         if pending:
             _check_finite(*pending[-1])

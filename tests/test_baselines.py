@@ -84,8 +84,8 @@ def test_wiener_is_the_conditional_mean_of_the_joint_gaussian():
     bands = 4
     prior = linear.Prior(np.diag([4.0, 3.0, 2.0, 1.0]), np.diag([4.0, 3.0, 2.0, 1.0]))
     noise = bayes.Noise(np.zeros(8), np.diag(np.linspace(1, 3, 8)))
-    curve_nM = rng.normal(size=(200_000, bands)) * np.sqrt([4.0, 3.0, 2.0, 1.0])
-    data_nD = np.tile(curve_nM, 2) + rng.normal(size=(200_000, 8)) * np.sqrt(np.linspace(1, 3, 8))
+    curve_nM = rng.normal(size=(100_000, bands)) * np.sqrt([4.0, 3.0, 2.0, 1.0])
+    data_nD = np.tile(curve_nM, 2) + rng.normal(size=(100_000, 8)) * np.sqrt(np.linspace(1, 3, 8))
     seen_nD = data_nD - data_nD.mean(axis=1, keepdims=True)
     estimate_nM = data_nD @ linear.wiener(prior, noise, 1.0).T
     # the noise of the estimate's model is not level-free, so allow it 1 % over the least squares
@@ -109,13 +109,14 @@ def test_ridge_recovers_a_linear_map_as_the_penalty_vanishes():
 
 def test_curve_prior_has_the_moments_of_the_table():
     prior = linear.curve_prior(eq.PAPER, RATE)
-    params = eq.sample(eq.PAPER, jax.random.key(77), (4000,))
+    params = eq.sample(eq.PAPER, jax.random.key(77), (2000,))
     curve_nM = eq.remove_level(np.asarray(bayes.response(params, FREQ_HZ_M, RATE), float))
     scale = np.trace(prior.MM) / BANDS
     assert np.mean(curve_nM**2) == pytest.approx(scale, rel=0.05)
-    np.testing.assert_allclose(prior.MM, curve_nM.T @ curve_nM / 4000, atol=0.15 * scale)
+    np.testing.assert_allclose(prior.MM, curve_nM.T @ curve_nM / 2000, atol=0.15 * scale)
 
 
+@pytest.mark.long
 def test_every_method_answers_with_finite_curves_and_settings_of_the_table(scored):
     _, held, answers, _ = scored
     names = ["do_nothing", "mean_setting", "ltas", "ltas_shrunk", "ridge", "wiener"]
@@ -131,6 +132,7 @@ def test_every_method_answers_with_finite_curves_and_settings_of_the_table(score
     assert not answers["do_nothing"].curve_db_nF.any()
 
 
+@pytest.mark.long
 def test_oracles_are_near_the_truth_and_on_the_grid(scored):
     _, held, answers, errors = scored
     assert errors["oracle"] < 0.15
@@ -141,6 +143,7 @@ def test_oracles_are_near_the_truth_and_on_the_grid(scored):
     np.testing.assert_allclose(units, np.round(units), atol=1e-9)
 
 
+@pytest.mark.long
 def test_methods_rank_as_their_knowledge_does(scored):
     fitted, _, answers, errors = scored
     # measured here: bayes 1.3, wiener 1.7, ridge 1.8, ltas 2.6, blind 2.7, nothing 3.6
@@ -154,6 +157,7 @@ def test_methods_rank_as_their_knowledge_does(scored):
     assert fitted.choices["pair_sampled_rmse_db"] < fitted.choices["pair_linear_rmse_db"]
 
 
+@pytest.mark.long
 def test_only_the_difference_of_shape_counts(scored):
     fitted, held, answers, _ = scored
     colour_1M = 6 * np.sin(np.arange(BANDS) / 5)[None]
@@ -179,6 +183,7 @@ def test_only_the_difference_of_shape_counts(scored):
     assert np.abs(blind[0] - blind[1]).max() > 1.0  # the blind guess does hear the colour
 
 
+@pytest.mark.long
 def test_evidence_of_another_rate_is_refused(scored):
     fitted, held, _, _ = scored
     with pytest.raises(ValueError, match="bands at 8000"):

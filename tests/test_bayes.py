@@ -10,7 +10,7 @@ from eqst.evidence import band_hz
 RATE = 44_100.0
 FREQ_HZ_M = band_hz(RATE)
 BANDS = len(FREQ_HZ_M)
-PLAN = bayes.Plan(walkers=48, stride=8, stages=6, settle=6, kept=30)
+PLAN = bayes.Plan(runs=4, walkers=32, stride=8, stages=12, settle=4, kept=12)
 
 
 def toy_noise(deviation_db: float) -> bayes.Noise:
@@ -89,11 +89,11 @@ def test_noise_covariance_is_the_samples_and_shrinks_to_its_diagonal():
 
 
 def test_posterior_mean_is_that_of_brute_force_importance_sampling():
-    # Noise wide enough that plain prior draws still give an effective sample of thousands.
-    noise = toy_noise(12.0)
-    difference_nD, _ = simulate(noise, 8, seed=2)
-    found = sample(noise, difference_nD, plan=PLAN._replace(kept=60))
-    params = eq.sample(eq.PAPER, jax.random.key(99), (40_000,))
+    # Noise wide enough that plain prior draws still give an effective sample of hundreds.
+    noise = toy_noise(14.0)
+    difference_nD, _ = simulate(noise, 6, seed=2)
+    found = sample(noise, difference_nD)
+    params = eq.sample(eq.PAPER, jax.random.key(99), (20_000,))
     grid_BF = eq.remove_level(
         np.asarray(bayes.response(params, eq.curve_grid_hz(RATE), RATE), float)
     )
@@ -106,13 +106,15 @@ def test_posterior_mean_is_that_of_brute_force_importance_sampling():
         misfit_B = np.einsum("bd,bd->b", residual_BD @ inverse_DD, residual_BD)
         weight_B = np.exp(-0.5 * (misfit_B - misfit_B.min()))
         weight_B /= weight_B.sum()
-        assert 1 / (weight_B**2).sum() > 1000
+        size = 1 / (weight_B**2).sum()
+        assert size > 100
         mean_F = weight_B @ grid_BF
         variance_F = weight_B @ (grid_BF - mean_F) ** 2
         error_db = np.sqrt(np.mean((found.curve_db_nF[row] - mean_F) ** 2))
-        # both are estimates: sampler's own standard error plus that of the weights
-        assert error_db < 3 * found.spread_db[row] / np.sqrt(found.ess[row]) + 0.1
-        assert found.spread_db[row] == pytest.approx(np.sqrt(variance_F.mean()), rel=0.1)
+        # both are estimates, with these standard errors
+        expected_db = found.spread_db[row] * np.sqrt(1 / found.ess[row] + 1 / size)
+        assert error_db < 2.0 * expected_db
+        assert found.spread_db[row] == pytest.approx(np.sqrt(variance_F.mean()), rel=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,7 @@ def sharp():
     return difference_nD, true_nF, [sample(noise, difference_nD, seed=s) for s in (0, 1)]
 
 
+@pytest.mark.long
 def test_posterior_is_calibrated_and_beats_the_prior(sharp):
     _, true_nF, (found, _) = sharp
     error_n = np.std(found.curve_db_nF - true_nF, axis=1)
@@ -132,24 +135,27 @@ def test_posterior_is_calibrated_and_beats_the_prior(sharp):
     assert error_n.mean() < 0.5 * np.std(true_nF, axis=1).mean()
 
 
+@pytest.mark.long
 def test_effective_sample_size_predicts_the_difference_of_two_runs(sharp):
     _, _, (one, two) = sharp
     apart_n = np.mean((one.curve_db_nF - two.curve_db_nF) ** 2, axis=1)
     claimed_n = one.spread_db**2 / one.ess + two.spread_db**2 / two.ess
-    # `ess` is that of the worst coefficient, so the claim is an upper bound on the average
-    assert 0.1 < apart_n.mean() / claimed_n.mean() < 1.3
+    # runs of one seed share the bank of prior draws, runs of two seeds do not, so somewhat above 1
+    assert 0.4 < apart_n.mean() / claimed_n.mean() < 2.0
     assert (one.acceptance > 0.1).all() and (one.acceptance < 0.9).all()
 
 
+@pytest.mark.long
 def test_default_plan_reaches_a_hundred_effective_samples_for_nine_pairs_in_ten(sharp):
     difference_nD, _, _ = sharp
     found = sample(toy_noise(2.0), difference_nD, plan=bayes.PLAN)
     assert np.mean(found.ess >= 100) >= 0.9
 
 
+@pytest.mark.long
 def test_a_pairs_answer_depends_on_nothing_but_the_pair_and_the_seed(sharp):
     difference_nD, _, (found, other) = sharp
-    alone = sample(toy_noise(2.0), difference_nD[17:18])
+    alone = sample(toy_noise(2.0), difference_nD[17:18])  # at another place in the batch
     np.testing.assert_array_equal(alone.curve_db_nF[0], found.curve_db_nF[17])
     louder = sample(toy_noise(2.0), difference_nD[:2] + 6.0)
     np.testing.assert_allclose(louder.curve_db_nF.mean(axis=1), 0.0, atol=1e-4)

@@ -18,10 +18,10 @@ ORDER = (
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings", "accuracy"),
     # sound
-    *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "corpus"),
+    *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "store", "corpus"),
     # what is learnt from, and what learns
     *("pairs", "features", "evidence", "pooled", "observe", "data", "resident", "predictor"),
-    *("objective", "source", "train"),
+    *("objective", "batches", "train"),
     # what is done with it
     *("metrics", "bayes", "baselines", "report", "picture", "match", "evaluate", "triples"),
 )

@@ -83,25 +83,34 @@ def test_load_refuses_what_32_bits_cannot_address(configure, little):
         resident.load(config, endless, indices_of(config, little))
 
 
-@pytest.mark.parametrize("changes", [{}, POOLED], ids=["mel", "pooled"])
-def test_exact_is_what_the_host_renders(configure, little, changes):
+@pytest.mark.parametrize(
+    ("changes", "which"),
+    [
+        ({}, 0),
+        pytest.param({}, 1, marks=pytest.mark.long),
+        pytest.param(POOLED, 0, marks=pytest.mark.long),
+    ],
+    ids=["mel", "mel, second length", "pooled"],
+)
+def test_exact_is_what_the_host_renders(configure, little, changes, which):
     config = configure(SETTINGS | {"data.rendering": "exact"} | changes)
     held = loaded(config, little)
-    for which, numbers in ((0, np.arange(6)), (1, np.arange(100, 103)))[: 1 + (not changes)]:
-        plans, input_BXM, reference_BXM = host_pairs(config, little, which, numbers)
-        got_input, got_reference, label = pairs_of(config, held, which, numbers)
-        np.testing.assert_array_equal(label, plans.label_KP)
-        # dB of single bands in single frames; cancellation in near-silent bins costs most.
-        np.testing.assert_allclose(got_input, input_BXM, atol=2e-2)
-        np.testing.assert_allclose(got_reference, reference_BXM, atol=2e-2)
-        assert np.abs(input_BXM - reference_BXM).max() > 1.0
+    numbers = np.arange(100, 106)
+    plans, input_BXM, reference_BXM = host_pairs(config, little, which, numbers)
+    got_input, got_reference, label = pairs_of(config, held, which, numbers)
+    np.testing.assert_array_equal(label, plans.label_KP)
+    # dB of single bands in single frames; cancellation in near-silent bins costs most.
+    np.testing.assert_allclose(got_input, input_BXM, atol=2e-2)
+    np.testing.assert_allclose(got_reference, reference_BXM, atol=2e-2)
+    assert np.abs(input_BXM - reference_BXM).max() > 1.0
 
 
+@pytest.mark.long
 def test_device_rendering_errs_little_above_300_hz(configure, corpus_of):
     """The long-term mel spectrum of noise by |H|^2 on the STFT against exactly filtered audio.
 
     Measured: below 300 Hz the window's leakage costs up to several dB; above it the mean error is
-    some hundredths of a dB and the worst band of 16 random pairs stays within half a dB.
+    some hundredths of a dB and the worst band of 16 random pairs stays within 0.8 dB.
     """
     rate = 44100
     rng = np.random.default_rng(0)
@@ -122,7 +131,7 @@ def test_device_rendering_errs_little_above_300_hz(configure, corpus_of):
     )
     error_db = device_db - exact_db
     error_db -= error_db[:, above].mean(axis=1, keepdims=True)
-    assert np.abs(error_db[:, above]).max() < 0.5
+    assert np.abs(error_db[:, above]).max() < 0.8
     assert np.sqrt(np.mean(error_db[:, above] ** 2)) < 0.1
 
 
@@ -138,15 +147,18 @@ def test_pooled_bank_is_the_statistics_of_its_rows(configure, little):
     last_of_first = int(index.count_R[0]) - 1
     for row in (0, 5, last_of_first, last_of_first + 1, len(owner_V) - 1):
         start = int(index.hop_V[row]) * RATE // 10
-        # The frames nearest to the start, of those that lie in the recording.
-        frame = min(
-            round(start / long_hop), (int(little.length_R[owner_V[row]]) - RATE) // long_hop
-        )
+        # The frames nearest to the start, of those that the recording has.
+        frames = [
+            features.frame_count(x, observe.least_samples(config), long_hop)
+            for x in (int(little.length_R[owner_V[row]]), RATE)
+        ]
+        frame = min(round(start / long_hop), frames[0] - frames[1])
         segment_T = little.segment(int(owner_V[row]), frame * long_hop, RATE)
         # float16 near 100 dB: steps of 1/16 dB.
         np.testing.assert_allclose(held.banks[0][row], measure(segment_T), atol=0.07)
 
 
+@pytest.mark.long
 def test_pooled_rendering_is_near_the_exact_one(configure, little):
     """Statistics moved by band gains against statistics of filtered audio: a sanity bound."""
     pooled_config = configure(SETTINGS | POOLED | {"data.rendering": "pooled"})

@@ -1,0 +1,292 @@
+"""Training: every config, exact resuming, any number of devices, and how it stops."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from eqst import batches, checkpoint, config, corpus, evaluate, objective, pairs, train
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+# Small enough for seconds: a few synthetic talkers, one-second segments, narrow networks.
+TINY = {
+    "data.synthetic_talkers": 8,
+    "data.synthetic_seconds": 6.0,
+    "data.segment_seconds": (1.0,),
+    "data.valid_share": 0.3,
+    "model.hidden": 16,
+    "model.blocks": 1,
+    "model.channels": 2,
+    "train.batch_size": 8,
+    "train.steps": 6,
+    "train.warmup_steps": 2,
+    "train.log_every": 1,
+    "train.eval_every": 3,
+    "train.eval_pairs": 8,
+    "train.checkpoint_every": 2,
+}
+POOLED = {
+    "features.kind": "pooled",
+    "model.comparison": "direct",
+    "model.head": "continuous",
+    "data.rendering": "pooled",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def silent(_: str) -> None:
+    """Takes progress lines and keeps nothing."""
+
+
+def losses(workdir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def final_params(workdir: Path) -> dict[str, np.ndarray]:
+    loaded = checkpoint.load(workdir, which="last")
+    leaves = jax.tree_util.tree_flatten_with_path(loaded.params)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def assert_bitwise_equal(a: Path, b: Path) -> None:
+    left, right = final_params(a), final_params(b)
+    assert left.keys() == right.keys()
+    for name, leaf in left.items():
+        assert leaf.tobytes() == right[name].tobytes(), name
+
+
+def command(workdir: Path, cache: Path, changes: dict) -> list[str]:
+    settings = TINY | POOLED | {"data.cache_dir": str(cache)} | changes
+    values = [f"--config.{key}={value}" for key, value in settings.items()]
+    file = CONFIGS[0].with_name("pooled.py")
+    return [sys.executable, "-m", "eqst.train", f"--config={file}", f"--workdir={workdir}", *values]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_takes_steps_and_its_loss_is_finite(file, cache, tmp_path):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.get_config()
+    settings.update_from_flattened_dict(
+        TINY | {"train.steps": 2, "data.sources": ("synthetic",), "data.source_weights": (1.0,)}
+    )
+    settings.data.cache_dir = str(cache)
+    state = train.train(config.validate(settings), tmp_path, silent)
+    assert int(state.step) == 2
+    assert np.isfinite(losses(tmp_path)).all() and len(losses(tmp_path)) == 2
+    run = evaluate.open_run(tmp_path)
+    assert run.config == config.validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("rendering", "pipeline"), [("host", "tfdata"), ("device", "tfdata"), ("exact", "resident")]
+)
+def test_every_rendering_trains(rendering, pipeline, configure, cache, tmp_path):
+    if pipeline == "tfdata":
+        pytest.importorskip("tensorflow", reason="tf.data needs the extra [data]")
+    changes = TINY | {"data.rendering": rendering, "data.pipeline": pipeline, "train.steps": 2}
+    train.train(configure(changes | {"data.cache_dir": str(cache)}), tmp_path, silent)
+    assert np.isfinite(losses(tmp_path)).all() and len(losses(tmp_path)) == 2
+
+
+def test_it_learns(configure, cache, tmp_path):
+    """On few talkers the shape error falls well under that of the first steps."""
+    changes = {
+        "train.steps": 150,
+        "train.batch_size": 64,
+        "model.hidden": 64,
+        "train.learning_rate": 3e-3,
+        "train.eval_every": 150,
+        "train.checkpoint_every": 150,
+        "data.protocol": "plain",
+    }
+    made = configure(TINY | POOLED | changes | {"data.cache_dir": str(cache)})
+    train.train(made, tmp_path, silent)
+    curve = losses(tmp_path)
+    assert np.mean(curve[-10:]) < 0.75 * np.mean(curve[:5])
+
+
+def test_loss_curve_is_the_same_on_1_2_and_4_devices(configure, cache, tmp_path):
+    curves = []
+    for devices in (1, 2, 4):
+        made = configure(
+            TINY | POOLED | {"data.cache_dir": str(cache), "train.devices": devices}
+        )
+        train.train(made, tmp_path / str(devices), silent)
+        curves.append(losses(tmp_path / str(devices)))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-5)
+
+
+def test_stopping_between_checkpoints_resumes_bitwise(configure, cache, tmp_path, monkeypatch):
+    made = configure(TINY | POOLED | {"data.cache_dir": str(cache), "model.dropout": 0.2})
+    train.train(made, tmp_path / "whole", silent)
+    real_check = train._check_finite
+    calls = []
+
+    def stop_at_third(step, terms):
+        calls.append(step)
+        if step == 2:
+            raise RuntimeError("the machine went away")
+        real_check(step, terms)
+
+    monkeypatch.setattr(train, "_check_finite", stop_at_third)
+    with pytest.raises(RuntimeError, match="went away"):
+        train.train(made, tmp_path / "cut", silent)
+    monkeypatch.setattr(train, "_check_finite", real_check)
+    lines = []
+    train.train(made, tmp_path / "cut", lines.append)
+    assert any("resumed at step 2" in line for line in lines)
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "cut")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_finished_run_is_recognised_at_once(configure, cache, tmp_path, monkeypatch):
+    made = configure(TINY | POOLED | {"data.cache_dir": str(cache), "train.steps": 2})
+    train.train(made, tmp_path, silent)
+    monkeypatch.setattr(batches, "make_source", None)  # would be called if it went on
+    lines = []
+    train.train(made, tmp_path, lines.append)
+    assert lines[-1] == f"finished: {tmp_path}"
+
+
+def test_other_settings_on_a_workdir_are_refused_with_the_keys(configure, cache, tmp_path):
+    made = TINY | POOLED | {"data.cache_dir": str(cache), "train.steps": 2}
+    train.train(configure(made), tmp_path, silent)
+    with pytest.raises(config.ConfigError, match=r"train\.learning_rate: 0\.001 -> 0\.5"):
+        train.train(configure(made | {"train.learning_rate": 0.5}), tmp_path, silent)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(configure, cache, tmp_path, monkeypatch):
+    made = configure(TINY | POOLED | {"data.cache_dir": str(cache)})
+    real = objective.pair_terms
+
+    def poisoned(settings, prediction, label_KP):
+        terms = real(settings, prediction, label_KP)
+        # The label of example 8 * 4 + 1 (step 4) makes the loss NaN.
+        return terms._replace(loss=jax.numpy.where(label_KP[0, 0] == poison, np.nan, terms.loss))
+
+    recordings = corpus.open_corpus(made.data, "train", silent)
+    index, _ = pairs.build_index(recordings, 1.0, made.data.min_loudness_lufs)
+    poison = pairs.draw(made.seed, 8 * 4 + 1, index, protocol="mixed").label_KP[0, 0]
+    monkeypatch.setattr(objective, "pair_terms", poisoned)
+    with pytest.raises(FloatingPointError, match="nan at step 4"):
+        train.train(made, tmp_path, silent)
+    assert checkpoint.load(tmp_path, which="last").step == 4
+
+
+@pytest.mark.long
+def test_kill_9_and_the_same_command_end_bitwise_equal(cache, tmp_path):
+    changes = {"train.steps": 300, "train.checkpoint_every": 20, "train.eval_every": 100}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole, cache, changes), check=True, capture_output=True, timeout=400)
+    for steps in (40, 150):
+        victim = subprocess.Popen(command(cut, cache, changes), stdout=subprocess.DEVNULL)
+        wait_for_step(cut, steps, victim)
+        victim.send_signal(signal.SIGKILL)
+        assert victim.wait(60) == -signal.SIGKILL
+    subprocess.run(command(cut, cache, changes), check=True, capture_output=True, timeout=400)
+    assert_bitwise_equal(whole, cut)
+
+
+@pytest.mark.long
+def test_sigterm_saves_and_exits_75_and_the_command_resumes(cache, tmp_path):
+    # So many steps that it cannot be over; a checkpoint is never due by itself.
+    changes = {"train.steps": 100000, "train.checkpoint_every": 100000, "train.eval_every": 100000}
+    victim = subprocess.Popen(
+        command(tmp_path, cache, changes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(tmp_path, 5, victim)
+    victim.send_signal(signal.SIGTERM)
+    output, _ = victim.communicate(timeout=120)
+    assert victim.returncode == train.EXIT_INTERRUPTED, output
+    assert "SIGTERM: saved at step" in output and "Traceback" not in output
+    assert checkpoint.load(tmp_path, which="last").step >= 5
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the run's record has reached a step."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended by itself"
+        try:
+            last = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
+            if json.loads(last)["step"] >= step:
+                return
+        except (OSError, IndexError, json.JSONDecodeError):
+            pass
+        time.sleep(0.02)
+    raise TimeoutError(f"step {step} was not reached")
+
+
+def test_the_command_says_a_mistake_in_one_line(tmp_path):
+    wrong = command(tmp_path, tmp_path, {"data.sources": "('folder:/nowhere',)"})
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("eqst.train: /nowhere is not a folder")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_the_line_end_to_end_by_its_commands(cache, tmp_path, repo):
+    """train -> evaluate -> match -> triples, as a person would, and every file is there."""
+    run, pair = tmp_path / "run", tmp_path / "pair"
+    subprocess.run(command(run, cache, {}), check=True, capture_output=True, timeout=300)
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+
+    def module(name: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"eqst.{name}", *words],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=environment,
+            cwd=repo,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = tmp_path / "results"
+    words = [f"--workdir={run}", f"--output={out}", "--seconds=1", "--pairs=16"]
+    text = module("evaluate", *words, "--baselines=false")
+    assert "shape RMSE in dB, plain" in text
+    results = json.loads((out / "results.json").read_text())
+    assert results["figures"]["coloured"]["1 s"]["model"]["shape_rmse_db"]["count"] == 16
+    assert results["properties"]["level_change_rms_db"] < 1e-3
+    assert (out / "error_seconds.png").stat().st_size > 10_000
+
+    pair.mkdir()
+    for seed, name in enumerate(("ex1_input", "ex1_reference", "ex1_estimated")):
+        noise = np.random.default_rng(seed).standard_normal((66150, 1)) * 0.05
+        soundfile.write(pair / f"{name}.wav", noise, 44100)
+    module(
+        "match",
+        f"--workdir={run}",
+        f"--input={pair / 'ex1_input.wav'}",
+        f"--reference={pair / 'ex1_reference.wav'}",
+        f"--output={tmp_path / 'matched.wav'}",
+        f"--settings={tmp_path / 'eq.json'}",
+        f"--picture={tmp_path / 'eq.png'}",
+    )
+    assert len(json.loads((tmp_path / "eq.json").read_text())["bands"]) == 4
+    assert soundfile.info(tmp_path / "matched.wav").frames == 66150
+    module("triples", f"--workdir={run}", f"--data={pair}", f"--output={tmp_path / 'demo'}")
+    sets = json.loads((tmp_path / "demo" / "triples.json").read_text())["sets"]
+    # White noise against white noise: nothing to do, so untouched is the nearest of them.
+    assert sets["ex"]["third_octave"]["untouched"] < 1.0
