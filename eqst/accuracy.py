@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.signal
 from absl import flags
 
-from eqst import biquad, command, eq, files, halfangle
+from eqst import biquad, command, config, eq, features, files, halfangle, pairs, synthetic
 
 RATES = (8000, 16000, 44100, 48000, 96000, 192000)
 RESPONSES = {
@@ -239,10 +240,87 @@ def speed(bands: int, seed: int) -> list[Row]:
     return [*rows, _row("custom gradient - autodiff, of its norm", difference, 1e-6, "times")]
 
 
+def _talker_and_equaliser(seed: int, number: int, seconds: float) -> tuple[np.ndarray, Any]:
+    """A synthetic talker and a random EQ of the paper's table; every fourth has Q at its highest."""
+    audio_T = synthetic.synthesise(seed, number, seconds, sample_rate=_AUDIO_RATE)
+    unit_KP = np.random.default_rng([seed, number]).random((len(eq.KINDS), 3))
+    if number % 4 == 0:
+        unit_KP[:, 2] = 1.0
+    return audio_T, eq.from_unit(eq.PAPER, unit_KP)
+
+
+_AUDIO_RATE, _TALKERS, _SECONDS, _CONTEXT_SECONDS = 44100, 24, 3.0, 1.5
+
+
+def host_rendering(bands: int, seed: int) -> list[Row]:
+    """The circular FFT filter of pairs against float64 sosfilt over the whole recording.
+
+    The error's power against the filtered segment's, worst of some talkers and segments.
+    """
+    context, length = (round(x * _AUDIO_RATE) for x in (_CONTEXT_SECONDS, _SECONDS))
+    render = jax.jit(
+        functools.partial(pairs.filter_circular, sample_rate=_AUDIO_RATE, context=context)
+    )
+    errors = []
+    for number in range(_TALKERS):
+        audio_T, params = _talker_and_equaliser(seed, number, 12.0)
+        sos_K6 = biquad.sos(*params, kinds=eq.KINDS, sample_rate=_AUDIO_RATE)
+        true_T = scipy.signal.sosfilt(sos_K6, audio_T.astype(np.float64))
+        float_params = eq.EqParams(*(np.float32(x) for x in params))
+        for start in (0, 4 * _AUDIO_RATE, len(audio_T) - length):
+            piece_T = np.zeros(context + length, np.float32)
+            begin = max(start - context, 0)
+            piece_T[begin - start + context :] = audio_T[begin : start + length]
+            wanted_T = true_T[start : start + length]
+            error_T = np.asarray(render(piece_T, float_params), np.float64) - wanted_T
+            errors.append(10 * np.log10(np.mean(error_T**2) / np.mean(wanted_T**2)))
+    return [_row("circular FFT, 3 s after 1.5 s, error", max(errors), -90.0, "dB")]
+
+
+def device_rendering(bands: int, seed: int) -> list[Row]:
+    """STFT power times |H|^2 against the STFT of exactly filtered audio: long-term mel in dB."""
+    spec = config.Features()
+    context, length = (round(x * _AUDIO_RATE) for x in (_CONTEXT_SECONDS, _SECONDS))
+
+    @jax.jit
+    def mel_errors(piece_T: jax.Array, params: eq.EqParams) -> jax.Array:
+        exact_T = pairs.filter_circular(piece_T, params, sample_rate=_AUDIO_RATE, context=context)
+        powers = [
+            features.stft_power(exact_T, spec.window, spec.hop),
+            features.equalise_power(
+                features.stft_power(piece_T[context:], spec.window, spec.hop), params, _AUDIO_RATE
+            ),
+        ]
+        mel_2M = jnp.stack(
+            [jnp.mean(features.mel_power(spec, x, _AUDIO_RATE), axis=0) for x in powers]
+        )
+        level_2M = 10.0 * jnp.log10(mel_2M + 1e-8 * jnp.mean(mel_2M))
+        return jnp.abs(level_2M[1] - level_2M[0])
+
+    errors = []
+    for number in range(4 * _TALKERS):
+        audio_T, params = _talker_and_equaliser(seed, number, 6.0)
+        piece_T = np.float32(audio_T[: context + length])
+        errors.append(
+            np.asarray(mel_errors(piece_T, eq.EqParams(*(np.float32(x) for x in params))))
+        )
+    error_nM, centre_hz_M = np.stack(errors), features.band_centres_hz(spec)
+    rows = []
+    edges_hz = (0, 80, 130, 260, 500, 1000, 4000, 20000)
+    for low_hz, high_hz in zip(edges_hz[:-1], edges_hz[1:], strict=True):
+        inside = error_nM[:, (centre_hz_M >= low_hz) & (centre_hz_M < high_hz)]
+        what = f"device rendering, mel bands {low_hz} .. {high_hz} Hz, p99"
+        median = float(np.median(inside))
+        rows.append(_row(what, float(np.percentile(inside, 99)), None, "dB", median=median))
+    return rows
+
+
 SECTIONS: dict[str, Callable[[int, int], list[Row]]] = {
     "float32_responses": float32_responses,
     "float64_coefficients": float64_coefficients,
     "gradients": gradients,
+    "host_rendering": host_rendering,
+    "device_rendering": device_rendering,
     "speed": speed,
 }
 

@@ -14,7 +14,7 @@ protocol by cross-validation over training talkers; `predict` answers for a batc
     bayes_blind   the same without listening to the input: the average talker instead
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -120,7 +120,7 @@ def fit(train: TrainSet, *, table: eq.EqTable, sample_rate: float, seed: int) ->
     true_nF = eq.remove_level(settings_curve(train.params, sample_rate))
     fold_n = folds(train.talker_n, seed)
     prior = curve_prior(table, sample_rate)
-    options = {"table": table, "sample_rate": sample_rate}
+    options: dict[str, Any] = {"table": table, "sample_rate": sample_rate}
 
     seen_nD = difference(train.evidence_reference, train.evidence_input)
     residual_nD = difference(train.plain_reference, train.plain_input)
@@ -209,7 +209,7 @@ def predict(
     """
     freq_hz_M, grid_hz_F = band_hz(sample_rate), eq.curve_grid_hz(sample_rate)
     _check_bands(evidence_input, freq_hz_M, sample_rate)
-    options = {"table": table, "sample_rate": sample_rate}
+    options: dict[str, Any] = {"table": table, "sample_rate": sample_rate}
     seen_nD = difference(evidence_reference, evidence_input)
     pairs, bands = len(seen_nD), len(freq_hz_M)
     answers = {}
@@ -222,7 +222,7 @@ def predict(
         projected_nF, params = project(curve_nF, grid_hz_F, **options)
         return Prediction(projected_nF if projected else curve_nF, params, extra)
 
-    def posterior(model: Gaussian, difference_nD):
+    def posterior(model: Gaussian, difference_nD: np.ndarray) -> Prediction:
         result = bayes.sample_posterior(
             bayes.reduce_noise(model.noise, bands=bands, temperature=model.temperature),
             difference_nD,

@@ -16,11 +16,12 @@ which others are in its batch.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from eqst import eq
 
@@ -54,7 +55,7 @@ class Plan(NamedTuple):
     stride: int = 8
     stages: int = 12
     settle: int = 4
-    kept: int = 24
+    kept: int = 32
 
 
 PLAN = Plan()
@@ -133,16 +134,10 @@ def curve_basis(table: eq.EqTable, sample_rate: float, coefficients: int = 8) ->
     return direction_FF[:, ::-1][:, :coefficients].T
 
 
-def response(settings: eq.EqParams, freq_hz_F, sample_rate: float) -> jax.Array:
+def response(settings: eq.EqParams, freq_hz_F: ArrayLike, sample_rate: float) -> jax.Array:
     """`eq.response_db` of settings whose frequencies are first held to the rate."""
     limited, _ = eq.limit_to_rate(settings, sample_rate)
     return eq.response_db(limited, jnp.asarray(freq_hz_F, jnp.float32), sample_rate=sample_rate)
-
-
-def _reflect(unit: jax.Array) -> jax.Array:
-    """Fold the line onto [0, 1] by reflection at both ends; keeps a proposal symmetric."""
-    folded = jnp.mod(unit, 2.0)
-    return jnp.minimum(folded, 2.0 - folded)
 
 
 class _Problem(NamedTuple):
@@ -160,13 +155,13 @@ class _Chain(NamedTuple):
     misfit: jax.Array
 
 
-def _misfit(problem: _Problem, unit, table: eq.EqTable, sample_rate: float) -> jax.Array:
+def _misfit(problem: _Problem, unit: jax.Array, table: eq.EqTable, sample_rate: float) -> jax.Array:
     curve = response(eq.from_unit(table, unit), problem.freq_hz_M, sample_rate)
     model = jnp.einsum("nwm,rm->nwr", curve, problem.model_RM, precision=PRECISION)
     return jnp.sum((problem.y_nR[:, None, :] - model) ** 2, axis=-1)
 
 
-def _propose(key, unit, other_unit) -> tuple[jax.Array, jax.Array]:
+def _propose(key: jax.Array, unit: jax.Array, other_unit: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Proposals for one half of the walkers along differences of the other half.
 
     Returns the proposals and the acceptance draws as misfits, [W]. The mixture of moves does not
@@ -194,7 +189,9 @@ def _propose(key, unit, other_unit) -> tuple[jax.Array, jax.Array]:
     size = 2.38 / jnp.sqrt(2.0 * count) * jnp.exp2(-length)
     size = jnp.where(kind < 0.07, 1.0, size)  # whole differences jump between modes
     difference = other_unit[:, first] - other_unit[:, second]
-    moved = _reflect(unit + size * difference + 0.02 * (jitter - 0.5))
+    # Wrapped round the cube, not reflected: differences are correlated between parameters, and a
+    # reflected correlated step is no longer as likely as its reverse.
+    moved = jnp.mod(unit + size * difference + 0.02 * (jitter - 0.5), 1.0)
     proposal = jnp.where(moving, jnp.where(redraw, jitter, moved), unit)
     return proposal, -2.0 * jnp.log(draw[:, -6])
 
@@ -221,7 +218,7 @@ def _advance(problem, chain, heat_n, key, *, table, sample_rate, steps):
     return joined, accepted.mean(axis=0)
 
 
-def _heat_for(misfit_nW, heat_n, wanted: float) -> jax.Array:
+def _heat_for(misfit_nW: jax.Array, heat_n: jax.Array, wanted: float) -> jax.Array:
     """The largest inverse temperature <= 1 whose weights keep an effective share of `wanted`."""
 
     def share(step_n):
@@ -240,7 +237,7 @@ def _heat_for(misfit_nW, heat_n, wanted: float) -> jax.Array:
     return jnp.where(share(whole) >= wanted, 1.0, heat_n + low)
 
 
-def _resample(misfit_nW, step_n, key, count: int) -> jax.Array:
+def _resample(misfit_nW: jax.Array, step_n: jax.Array, key: jax.Array, count: int) -> jax.Array:
     """Systematic resampling in random order: [n, count] indices, weights exp(-step misfit / 2)."""
     offset_key, order_key = jax.random.split(key)
     log_weight = -0.5 * step_n[:, None] * (misfit_nW - misfit_nW.min(axis=1, keepdims=True))
@@ -276,10 +273,10 @@ def _anneal(chain, heat_n, key, last):
 class _Sums(NamedTuple):
     """Sums over kept states: curves [n, F], their squares, coefficients [n, C], their squares."""
 
-    curve: jax.Array
-    square: jax.Array
-    part: jax.Array
-    part_square: jax.Array
+    curve: Any
+    square: Any
+    part: Any
+    part_square: Any
 
 
 @partial(jax.jit, static_argnames=("table", "sample_rate"))
@@ -355,7 +352,7 @@ def sample_posterior(
       plan: how long to run.
     """
     grid_hz_F = jnp.asarray(eq.curve_grid_hz(sample_rate), jnp.float32)
-    freq_hz_M = jnp.asarray(freq_hz_M, jnp.float32)
+    bands_hz = jnp.asarray(freq_hz_M, jnp.float32)
     # row by row, in one order, so that a pair's numbers do not depend on its neighbours'
     residual_nD = np.asarray(difference_nD, float) - likelihood.mean_D
     y_nR = np.einsum("nd,rd->nr", residual_nD, likelihood.data_RD, optimize=False)
@@ -364,7 +361,7 @@ def sample_posterior(
     bands, parameters = len(table.bands), 3
     bank_unit = jax.random.uniform(bank_key, (BANK, bands, parameters))
     model_RM = jnp.asarray(likelihood.model_RM, jnp.float32)
-    bank_curve = response(eq.from_unit(table, bank_unit), freq_hz_M, sample_rate)
+    bank_curve = response(eq.from_unit(table, bank_unit), bands_hz, sample_rate)
     bank_model_BR = jnp.matmul(bank_curve, model_RM.T, precision=PRECISION)
     basis_CF = curve_basis(table, sample_rate).astype(np.float32)
     parts = []
@@ -372,7 +369,7 @@ def sample_posterior(
         block_nR = y_nR[start : start + PAIRS_AT_ONCE]
         missing = PAIRS_AT_ONCE - len(block_nR)  # one compiled shape, one rounding
         padded_nR = np.pad(block_nR, ((0, missing), (0, 0)), mode="edge")
-        problem = _Problem(jnp.asarray(padded_nR, jnp.float32), model_RM, freq_hz_M)
+        problem = _Problem(jnp.asarray(padded_nR, jnp.float32), model_RM, bands_hz)
         runs = [
             _run(
                 problem,

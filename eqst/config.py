@@ -64,6 +64,10 @@ class Data:
     noise_share: float = 0.0
     noise_low_db: float = -75.0
     noise_high_db: float = -25.0
+    # In a share of pairs one of the two gets a floor of its own, as takes of one talker may.
+    one_sided_noise_share: float = 0.0
+    # A share of segments is gated, each by itself: what is quiet falls by 3 .. 40 dB.
+    gate_share: float = 0.0
     synthetic_talkers: int = 320
     synthetic_seconds: float = 24.0
     synthetic_seed: int = 0
@@ -190,6 +194,8 @@ BOUNDS = {
     "data.curve_share": (0.0, 1.0),
     "data.curve_db": (0.0, 40.0),
     "data.noise_share": (0.0, 1.0),
+    "data.one_sided_noise_share": (0.0, 1.0),
+    "data.gate_share": (0.0, 1.0),
     "data.noise_low_db": (-200.0, 0.0),
     "data.noise_high_db": (-200.0, 0.0),
     "data.synthetic_talkers": (2, 1_000_000),
@@ -247,6 +253,8 @@ def pooled() -> config_dict.ConfigDict:
     settings.data.warp = 1.2
     settings.data.curve_share = 0.5
     settings.data.noise_share = 0.5
+    settings.data.one_sided_noise_share = 0.35
+    settings.data.gate_share = 0.25
     settings.loss.parameters = 0.24
     settings.loss.gain = 0.005
     settings.train.batch_size = 256
@@ -399,11 +407,14 @@ def _check(config: Config) -> Config:
         data.pipeline == "tfdata" or data.rendering != "host",
         "data.rendering 'host' needs data.pipeline 'tfdata'",
     )
+    shares = data.curve_share + data.noise_share + data.one_sided_noise_share + data.gate_share
     _require(
-        (data.warp == 1.0 and data.curve_share == data.noise_share == 0.0)
-        or data.rendering in ("device", "pooled"),
-        "data.warp, curve_share and noise_share need data.rendering 'device' or 'pooled', "
-        f"not {data.rendering!r}",
+        data.warp == 1.0 and shares == 0.0 or data.rendering in ("device", "pooled"),
+        f"augmentation needs data.rendering 'device' or 'pooled', not {data.rendering!r}",
+    )
+    _require(
+        data.gate_share == 0.0 or data.rendering == "pooled",
+        f"data.gate_share needs data.rendering 'pooled', not {data.rendering!r}",
     )
     _require(config.loss.parameters + config.loss.response > 0, "both loss weights are 0")
     return config

@@ -18,7 +18,7 @@ Nothing cancels: cos t is taken as sin(pi (sample_rate / 2 - f) / sample_rate), 
 sin(t0 - t) (x + y), so that differences are taken between frequencies, before the sine, and A - 1
 as expm1, so that 0 dB is flat to the last bit.
 
-Only `biquad` uses this module, and its functions are the ones to call.
+`biquad` has the functions to call; this is what they, and the measuring of them, are made of.
 """
 
 import functools
@@ -179,8 +179,8 @@ def band_db(
 ) -> jax.Array:
     """Response of one band in dB; arrays of one rank, which broadcast.
 
-    Its derivatives, of either mode and any order, are those of `partials`: autodiff of the quotient
-    cancels where they do not, up to 4e-5 dB per unit of q.
+    Its derivatives, of either mode and any order, are those of `partials`, which do not cancel
+    where autodiff of the quotient does.
     """
     terms = evaluate(shape, sample_rate, freq_hz, cutoff_hz, gain_db, q)
     return 10.0 * jnp.log10(ratio(terms)) + (0.5 * shape.s) * gain_db

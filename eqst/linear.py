@@ -87,7 +87,7 @@ def curve_prior(table: eq.EqTable, sample_rate: float, draws: int = 8192) -> Pri
 
 
 def noise_model(
-    residual_nD, *, shrink: float, power_extra_db2: float, centred: bool
+    residual_nD: np.ndarray, *, shrink: float, power_extra_db2: float, centred: bool
 ) -> bayes.Noise:
     """Noise with the average power trusted less: its errors are the less Gaussian of the two."""
     noise = bayes.fit_noise(residual_nD, shrink=shrink, centred=centred)
@@ -132,7 +132,15 @@ def wiener(prior: Prior, noise: bayes.Noise, temperature: float) -> np.ndarray:
 
 
 def tune_gaussian(
-    prior: Prior, residual_nD, seen_nD, true_nF, fold_n, *, centred: bool, table, sample_rate
+    prior: Prior,
+    residual_nD: np.ndarray,
+    seen_nD: np.ndarray,
+    true_nF: np.ndarray,
+    fold_n: np.ndarray,
+    *,
+    centred: bool,
+    table: eq.EqTable,
+    sample_rate: float,
 ) -> tuple[Gaussian, np.ndarray, dict[str, float]]:
     """Noise settings of least error on held-out training talkers.
 
@@ -150,10 +158,10 @@ def tune_gaussian(
     best, best_error, best_curve_nF = None, np.inf, np.zeros_like(true_nF)
     for shrink in NOISE_SHRINKS:
         for power_extra in POWER_EXTRAS_DB2:
-            options = {"shrink": shrink, "power_extra_db2": power_extra, "centred": centred}
+            options = {"shrink": shrink, "power_extra_db2": power_extra}
             curve_TnF = np.zeros((len(TEMPERATURES), *true_nF.shape))
             for k in range(FOLDS):
-                noise = noise_model(residual_nD[fold_n != k], **options)
+                noise = noise_model(residual_nD[fold_n != k], **options, centred=centred)
                 estimate = wiener_factors(prior, noise)
                 part_nD = (seen_nD[fold_n == k] - noise.mean_D) @ estimate.data_ED.T
                 for index, temperature in enumerate(TEMPERATURES):
@@ -165,7 +173,7 @@ def tune_gaussian(
                     best, best_error, best_curve_nF = (options, temperature), error, curve_nF
     assert best is not None
     options, temperature = best
-    noise = noise_model(residual_nD, **options)
+    noise = noise_model(residual_nD, **options, centred=centred)
     chosen = {
         "noise_shrink": options["shrink"],
         "power_extra_db2": options["power_extra_db2"],
@@ -180,7 +188,7 @@ def tune_gaussian(
             rows = rows[np.random.default_rng(k).permutation(len(rows))[:SAMPLED_PAIRS]]
             found = bayes.sample_posterior(
                 bayes.reduce_noise(
-                    noise_model(residual_nD[fold_n != k], **options),
+                    noise_model(residual_nD[fold_n != k], **options, centred=centred),
                     bands=len(prior.MM),
                     temperature=heat,
                 ),
@@ -198,14 +206,16 @@ def tune_gaussian(
     return Gaussian(noise, heat, wiener(prior, noise, temperature)), best_curve_nF, chosen
 
 
-def _ridge(feature_nM, target_nF, penalty: float) -> np.ndarray:
+def _ridge(feature_nM: np.ndarray, target_nF: np.ndarray, penalty: float) -> np.ndarray:
     gram_MM = feature_nM.T @ feature_nM / len(feature_nM)
     scale = np.trace(gram_MM) / len(gram_MM)
     inverse_MM = np.linalg.inv(gram_MM + penalty * scale * np.eye(len(gram_MM)))
     return (inverse_MM @ feature_nM.T @ target_nF / len(feature_nM)).T
 
 
-def tune_ridge(feature_nM, true_nF, fold_n) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+def tune_ridge(
+    feature_nM: np.ndarray, true_nF: np.ndarray, fold_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """The ridge map [F, M] with the penalty of least held-out error, and its out-of-fold curves."""
     best_penalty, best_error, best_curve_nF = RIDGES[0], np.inf, np.zeros_like(true_nF)
     for penalty in RIDGES:

@@ -25,7 +25,7 @@ class Interval(NamedTuple):
     p90: float
     low: float  # bootstrap interval of the mean, 2.5 %
     high: float  # 97.5 %
-    count: int
+    pairs: int
 
 
 # --- curves and settings -------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def ltas_distance_db(
 @lru_cache(maxsize=8)
 def _mel_matrix(length: int, sample_rate: float, bands: int = 128) -> np.ndarray:
     """Triangular mel bands (2595 log10(1 + f / 700)), 20 Hz .. 20 kHz, [M, F], rows sum to 1."""
-    mel = np.linspace(*(2595 * np.log10(1 + np.array([20.0, 20_000.0]) / 700)), bands + 2)
+    low, high = 2595 * np.log10(1 + np.array([20.0, 20_000.0]) / 700)
+    mel = np.linspace(low, high, bands + 2)
     point_hz = 700 * (10 ** (mel / 2595) - 1)
     freq_hz = np.arange(length // 2 + 1) * sample_rate / length
     # a narrow low band reaches at least one bin to each side
@@ -280,7 +281,7 @@ def summarise(
     kept_n = ~np.isnan(values_n)
     values_n, talker_n = values_n[kept_n], talker_n[kept_n]
     if values_n.size == 0:
-        return Interval(*(float("nan"),) * 5, count=0)
+        return Interval(*(float("nan"),) * 5, pairs=0)
     groups = [values_n[talker_n == talker] for talker in np.unique(talker_n)]
     rng = np.random.default_rng(seed)
     # A drawn talker enters the mean by the sum of its resampled pairs: those sums are made talker
@@ -300,5 +301,5 @@ def summarise(
         p90=float(np.percentile(values_n, 90)),
         low=float(low),
         high=float(high),
-        count=int(values_n.size),
+        pairs=int(values_n.size),
     )

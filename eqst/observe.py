@@ -7,15 +7,12 @@ One pair each; vmapped at the edge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqst import eq, features, pairs, pooled
-from eqst.config import Config, Data, Features
+from eqst import augment, eq, features, pairs, pooled
+from eqst.config import Config, Features
 
 
 def hops(spec: Features) -> tuple[int, ...]:
@@ -65,61 +62,6 @@ def _equalisers(config: Config, plan: pairs.Plan) -> tuple[eq.EqParams, eq.EqPar
     return colour, pairs.concatenate(colour, label)
 
 
-class Augmentation(NamedTuple):
-    """What is done to both segments of a pair before the EQ.
-
-    Attributes:
-      warp: [] factor of the frequency axis.
-      curve_db: (position) -> dB to add; position is 0 at 34 Hz and 1 at the top, by octaves.
-      noise_db: (position) -> level of a noise floor against the loudest band's mean power.
-    """
-
-    warp: jax.Array
-    curve_db: Callable[[jax.Array], jax.Array]
-    noise_db: Callable[[jax.Array], jax.Array]
-
-
-# Deviations of the cosines that make up a smooth random curve, slow to fast, relative to the first.
-_COSINES = np.array([1.0, 1.0, 0.8, 0.6, 0.5, 0.4], np.float32)
-_NOISE_CURVE_DB, _NOISE_TILT_DB, _NO_NOISE_DB = 5.0, 10.0, -200.0
-
-
-def _smooth_curve(normal_6: jax.Array, position: jax.Array) -> jax.Array:
-    order_6 = jnp.arange(1, len(_COSINES) + 1, dtype=jnp.float32)
-    waves = jnp.cos(jnp.pi * position[:, None] * order_6[None, :])
-    return jnp.sum(waves * (normal_6 * _COSINES)[None, :], axis=-1)
-
-
-def augmentation(data: Data, plan: pairs.Plan) -> Augmentation:
-    """The augmentation a plan's uniform numbers stand for under these settings."""
-    u = plan.augment_A
-    normal_A = jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1.0 - 1e-6))
-    warp = jnp.exp((2.0 * u[0] - 1.0) * np.log(data.warp))
-    with_curve, with_noise = u[1] < data.curve_share, u[2] < data.noise_share
-    level_db = data.noise_low_db + (data.noise_high_db - data.noise_low_db) * u[3]
-
-    def curve_db(position: jax.Array) -> jax.Array:
-        return jnp.where(with_curve, data.curve_db * _smooth_curve(normal_A[5:11], position), 0.0)
-
-    def noise_db(position: jax.Array) -> jax.Array:
-        shape_db = _NOISE_CURVE_DB * _smooth_curve(normal_A[11:17], position)
-        tilt_db = _NOISE_TILT_DB * normal_A[4] * (1.0 - 2.0 * position)
-        return jnp.where(with_noise, level_db + shape_db + tilt_db, _NO_NOISE_DB)
-
-    return Augmentation(warp, curve_db, noise_db)
-
-
-def _position(features_spec: Features, freq_hz: np.ndarray, sample_rate: int) -> jax.Array:
-    """Where frequencies lie between 34 Hz (0) and the top band (1), by octaves, clipped."""
-    top_hz = pooled.centres_hz(features_spec, sample_rate)[-1]
-    octaves = np.log2(np.maximum(freq_hz, 1.0) / pooled.LOW_HZ) / np.log2(top_hz / pooled.LOW_HZ)
-    return jnp.asarray(np.clip(octaves, 0.0, 1.0), jnp.float32)
-
-
-def _augments(data: Data) -> bool:
-    return data.warp > 1.0 or data.curve_share > 0.0 or data.noise_share > 0.0
-
-
 def rendered(
     config: Config, input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan
 ) -> tuple[jax.Array, jax.Array]:
@@ -130,23 +72,23 @@ def rendered(
     """
     spec, rate, data = config.features, config.data.sample_rate, config.data
 
-    change = augmentation(data, plan)
+    change = augment.of_plan(data, plan)
 
-    def one(samples_T: jax.Array, params: eq.EqParams) -> jax.Array:
+    def one(samples_T: jax.Array, params: eq.EqParams, side: augment.Side) -> jax.Array:
         powers = []
         for power_NF in _powers(spec, samples_T):
-            if _augments(data):
+            if augment.used(data):
                 freq_hz_F = np.linspace(0.0, rate / 2, power_NF.shape[-1])
-                where_F = _position(spec, freq_hz_F, rate)
+                where_F = augment.position(spec, freq_hz_F, rate)
                 power_NF = features.warp_bins(power_NF, change.warp)
                 power_NF = power_NF * 10.0 ** (change.curve_db(where_F)[None, :] / 10.0)
                 peak = jnp.max(jnp.mean(power_NF, axis=0))
-                power_NF = power_NF + peak * 10.0 ** (change.noise_db(where_F)[None, :] / 10.0)
+                power_NF = power_NF + peak * 10.0 ** (side.noise_db(where_F)[None, :] / 10.0)
             powers.append(features.equalise_power(power_NF, params, rate))
         return _summary(spec, tuple(powers), rate)
 
     colour, both = _equalisers(config, plan)
-    return one(input_T, colour), one(reference_T, both)
+    return one(input_T, colour, change.input), one(reference_T, both, change.reference)
 
 
 def shifted(
@@ -159,21 +101,22 @@ def shifted(
     """
     spec, rate, data = config.features, config.data.sample_rate, config.data
 
-    change = augmentation(data, plan)
-    where_M = _position(spec, pooled.centres_hz(spec, rate), rate)
+    change = augment.of_plan(data, plan)
+    where_M = augment.position(spec, pooled.centres_hz(spec, rate), rate)
 
-    def one(stats_SM: jax.Array, params: eq.EqParams) -> jax.Array:
+    def one(stats_SM: jax.Array, params: eq.EqParams, side: augment.Side) -> jax.Array:
         stats_SM = stats_SM.astype(jnp.float32)
-        if _augments(data):
+        if augment.used(data):
             stats_SM = pooled.warp(spec, stats_SM, change.warp) + change.curve_db(where_M)[None, :]
-            noise_M = jnp.max(stats_SM[0]) + change.noise_db(where_M)
+            stats_SM = augment.gated(stats_SM, side)
+            noise_M = jnp.max(stats_SM[0]) + side.noise_db(where_M)
             stats_SM = pooled.add_power_db(stats_SM, noise_M[None, :])
         stats_SM = stats_SM + pooled.band_gain_db(spec, params, rate)[None, :]
         stats_SM = pooled.add_power_db(stats_SM, _mean_power_db(stats_SM) + spec.floor_db)
         return pooled.levelled(stats_SM)
 
     colour, both = _equalisers(config, plan)
-    return one(input_SM, colour), one(reference_SM, both)
+    return one(input_SM, colour, change.input), one(reference_SM, both, change.reference)
 
 
 def _mean_power_db(stats_SM: jax.Array) -> jax.Array:
@@ -183,7 +126,7 @@ def _mean_power_db(stats_SM: jax.Array) -> jax.Array:
     return (total - jnp.log(1.0 * bands)) * (10.0 / jnp.log(10.0))
 
 
-def bands(config: Config, samples_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+def bands(config: Config, samples_T: jax.Array) -> tuple[jax.Array, ...]:
     """Band powers over time of dry audio for `pool_dry`: [N, M] for the long and short window."""
     return pooled.band_power(
         config.features, _powers(config.features, samples_T), config.data.sample_rate

@@ -20,7 +20,7 @@ from eqst.corpus import HOPS_PER_SECOND, Corpus
 # Slots of the uniform numbers that make an example; their order is part of what (s, k) means.
 RECORDING, INPUT, REFERENCE, COIN, OTHER = range(5)
 # Uniform numbers of the augmentation (see `observe`), after those five.
-AUGMENT = 17
+AUGMENT = 33
 
 
 class PairsError(ValueError):
@@ -266,9 +266,10 @@ def filter_circular(
     """A segment filtered exactly, by one circular FFT over its context and itself.
 
     The filter's ring runs round the circle into the context, which is thrown away. With 1.5 s of
-    context the error on speech, against a filter over the whole recording, is -110 dB of the
-    segment's peak for random EQs of the paper's table, and -88 dB for two low shelves of highest Q
-    at its lowest frequency (tests/test_pairs.py).
+    context the error on speech, against a filter over the whole recording, was at most -108 dB of
+    the segment's peak for 150 random pairs of the paper's table, and -110 dB for its worst single
+    EQ (low shelf, 30 Hz, +10 dB, Q 10). Colour and label both in that corner: -68 dB; -99 dB with
+    2 s of context.
 
     Args:
       samples_T: [context + T] the segment with what came before it in the recording.

@@ -20,6 +20,9 @@ from eqst.config import Config
 
 Params = dict[str, Any]
 
+# Of the `direct` comparison's standardised numbers, softly.
+CLIP = 4.0
+
 
 class Prediction(NamedTuple):
     """What the network says of one pair.
@@ -135,7 +138,8 @@ class _Network(nnx.Module):
     ) -> tuple[jax.Array, ...]:
         if self.comparison_kind == "direct":
             a_L, b_L = input_XM.reshape(-1), reference_XM.reshape(-1)
-            fed = jnp.concatenate([b_L - a_L, (a_L + b_L) / 2])
+            # A statistic far out (another gate, another floor) must not rule the rest.
+            fed = CLIP * jnp.tanh(jnp.concatenate([b_L - a_L, (a_L + b_L) / 2]) / CLIP)
         else:
             a_L, b_L = self.encoder(input_XM), self.encoder(reference_XM)
             fed = b_L - a_L if self.comparison_kind == "subtract" else self.comparison(a_L, b_L)

@@ -1,6 +1,7 @@
 """The posterior sampler against brute force, its own claims, and the algebra it rests on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,6 +72,23 @@ def test_reduced_likelihood_is_the_full_one_with_the_best_level():
     assert reduced(curve_2M[0] + 5.0) == pytest.approx(reduced(curve_2M[0]), rel=1e-9)
 
 
+def test_moves_keep_the_uniform_distribution_of_a_cube():
+    # With no data the chains must stay uniform: two moments of every parameter, and correlations.
+    # The other half is correlated, as in a sharp posterior: steps reflected at the walls fail this.
+    key = jax.random.key(5)
+    unit = jax.random.uniform(key, (1, 4000, 4, 3))
+    along = jax.random.uniform(jax.random.key(6), (1, 4000, 1, 1))
+    other = jnp.broadcast_to(along, unit.shape)
+    for step in range(20):
+        proposal, _ = bayes._propose(jax.random.key(step), unit, other)
+        unit = proposal
+    flat = np.asarray(unit).reshape(4000, 12)
+    np.testing.assert_allclose(flat.mean(axis=0), 0.5, atol=5 * np.sqrt(1 / 12 / 4000))
+    np.testing.assert_allclose(flat.var(axis=0), 1 / 12, atol=0.006)
+    apart = np.corrcoef(flat.T) - np.eye(12)
+    assert np.abs(apart).max() < 5 / np.sqrt(4000)
+
+
 def test_noise_covariance_is_the_samples_and_shrinks_to_its_diagonal():
     truth = toy_noise(2.0).covariance_DD
     rng = np.random.default_rng(1)
@@ -93,7 +111,7 @@ def test_posterior_mean_is_that_of_brute_force_importance_sampling():
     noise = toy_noise(14.0)
     difference_nD, _ = simulate(noise, 6, seed=2)
     found = sample(noise, difference_nD)
-    params = eq.sample(eq.PAPER, jax.random.key(99), (20_000,))
+    params = eq.sample(eq.PAPER, jax.random.key(99), (8_000,))
     grid_BF = eq.remove_level(
         np.asarray(bayes.response(params, eq.curve_grid_hz(RATE), RATE), float)
     )
@@ -113,7 +131,7 @@ def test_posterior_mean_is_that_of_brute_force_importance_sampling():
         error_db = np.sqrt(np.mean((found.curve_db_nF[row] - mean_F) ** 2))
         # both are estimates, with these standard errors
         expected_db = found.spread_db[row] * np.sqrt(1 / found.ess[row] + 1 / size)
-        assert error_db < 2.0 * expected_db
+        assert error_db < 2.5 * expected_db
         assert found.spread_db[row] == pytest.approx(np.sqrt(variance_F.mean()), rel=0.2)
 
 

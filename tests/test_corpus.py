@@ -8,7 +8,7 @@ import pyloudnorm
 import pytest
 import soundfile
 
-from eqst import audio, corpus, synthetic
+from eqst import audio, corpus, store, synthetic
 from eqst.config import Data
 from eqst.corpus import CorpusError
 
@@ -380,6 +380,6 @@ def test_tfds_source(tmp_path, bursts, monkeypatch):
 
 
 def test_index_is_readable_json(voices, cache):
-    for store in cache.glob("folder-*"):
-        index = json.loads((store / "index.json").read_text())
+    for place in cache.glob("folder-*"):
+        index = json.loads((place / "index.json").read_text())
         assert {"sample_rate", "recordings", "skipped"} <= set(index)

@@ -205,7 +205,7 @@ def test_the_papers_demo_is_as_far_from_its_references_as_measured(shared):
 def test_summary_figures():
     values_n = np.arange(11.0)
     summary = metrics.summarise(values_n, np.arange(11), 0)
-    assert (summary.mean, summary.median, summary.p90, summary.count) == (5.0, 5.0, 9.0, 11)
+    assert (summary.mean, summary.median, summary.p90, summary.pairs) == (5.0, 5.0, 9.0, 11)
     assert summary.low < 5.0 < summary.high
     assert summary == metrics.summarise(values_n, np.arange(11), 0)
     assert summary != metrics.summarise(values_n, np.arange(11), 1)
@@ -237,7 +237,7 @@ def test_interval_knows_that_pairs_of_a_talker_are_alike():
 
 def test_summary_drops_what_means_nothing():
     summary = metrics.summarise(np.array([1.0, np.nan, 3.0]), np.array([0, 1, 2]), 0)
-    assert summary.mean == 2.0 and summary.count == 2
+    assert summary.mean == 2.0 and summary.pairs == 2
     assert np.isnan(metrics.summarise(np.array([np.nan]), np.array([0]), 0).mean)
     with pytest.raises(ValueError, match="must both be"):
         metrics.summarise(np.zeros(3), np.zeros(2), 0)

@@ -109,8 +109,8 @@ def test_exact_is_what_the_host_renders(configure, little, changes, which):
 def test_device_rendering_errs_little_above_300_hz(configure, corpus_of):
     """The long-term mel spectrum of noise by |H|^2 on the STFT against exactly filtered audio.
 
-    Measured: below 300 Hz the window's leakage costs up to several dB; above it the mean error is
-    some hundredths of a dB and the worst band of 16 random pairs stays within 0.8 dB.
+    Measured on 16 random pairs: above 300 Hz 0.025 dB rms, 0.71 dB in the worst band; below it,
+    where the window leaks, 0.59 dB rms and 3.6 dB.
     """
     rate = 44100
     rng = np.random.default_rng(0)
@@ -171,6 +171,7 @@ def test_pooled_rendering_is_near_the_exact_one(configure, little):
         assert np.median(error_db) < 0.5 and np.percentile(error_db, 90) < 3.0
 
 
+@pytest.mark.long
 def test_resident_batch_does_not_depend_on_the_devices(configure, little):
     from eqst import mesh
 
