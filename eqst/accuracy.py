@@ -240,8 +240,8 @@ def speed(bands: int, seed: int) -> list[Row]:
     return [*rows, _row("custom gradient - autodiff, of its norm", difference, 1e-6, "times")]
 
 
-def _talker_and_equaliser(seed: int, number: int, seconds: float) -> tuple[np.ndarray, Any]:
-    """A synthetic talker and a random EQ of the paper's table; every fourth has Q at its highest."""
+def _talker_and_eq(seed: int, number: int, seconds: float) -> tuple[np.ndarray, Any]:
+    """A synthetic talker and a random EQ of the paper's table; every fourth has the highest Q."""
     audio_T = synthetic.synthesise(seed, number, seconds, sample_rate=_AUDIO_RATE)
     unit_KP = np.random.default_rng([seed, number]).random((len(eq.KINDS), 3))
     if number % 4 == 0:
@@ -263,7 +263,7 @@ def host_rendering(bands: int, seed: int) -> list[Row]:
     )
     errors = []
     for number in range(_TALKERS):
-        audio_T, params = _talker_and_equaliser(seed, number, 12.0)
+        audio_T, params = _talker_and_eq(seed, number, 12.0)
         sos_K6 = biquad.sos(*params, kinds=eq.KINDS, sample_rate=_AUDIO_RATE)
         true_T = scipy.signal.sosfilt(sos_K6, audio_T.astype(np.float64))
         float_params = eq.EqParams(*(np.float32(x) for x in params))
@@ -299,7 +299,7 @@ def device_rendering(bands: int, seed: int) -> list[Row]:
 
     errors = []
     for number in range(4 * _TALKERS):
-        audio_T, params = _talker_and_equaliser(seed, number, 6.0)
+        audio_T, params = _talker_and_eq(seed, number, 6.0)
         piece_T = np.float32(audio_T[: context + length])
         errors.append(
             np.asarray(mel_errors(piece_T, eq.EqParams(*(np.float32(x) for x in params))))

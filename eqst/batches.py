@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eqst import corpus, eq, mesh, observe, pairs, predictor, resident
@@ -137,5 +138,6 @@ def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
         plan = jax.tree.map(np.asarray, take(np.arange(begin, begin + chunk)))
         audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
         parts.append(jax.tree.map(np.asarray, hear(*audio, plan)))
-    joined = (np.concatenate(x)[: config.train.eval_pairs] for x in zip(*parts, strict=True))
-    return Seen(*joined)
+    count = config.train.eval_pairs
+    inputs, references, labels = (np.concatenate(x)[:count] for x in zip(*parts, strict=True))
+    return Seen(jnp.asarray(inputs), jnp.asarray(references), jnp.asarray(labels))

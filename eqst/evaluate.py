@@ -119,7 +119,7 @@ def rendered_chunks(
 
     @jax.jit
     @jax.vmap
-    def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan):
+    def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
         flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
         heard_T, reference_eq_T = render_one(input_T, reference_T, plan)
         return heard_T, reference_eq_T, render_one(input_T, reference_T, flat)[1]
@@ -154,7 +154,8 @@ def run_trial(
         )
     )
     found: list[list[Evidence]] = [[], [], []]
-    answers, labels, talkers, audio = [], [], [], []
+    answers, labels, talkers = [], [], []
+    audio: list[tuple[np.ndarray, np.ndarray]] = []
     for plan, sounds in rendered_chunks(
         run.config, recordings, seconds=seconds, protocol=protocol, count=count, seed=seed
     ):
@@ -170,13 +171,9 @@ def run_trial(
     predicted = None
     if ask_model:
         predicted = eq.EqParams(*(np.concatenate(x)[:count] for x in zip(*answers, strict=True)))
-    return Trial(
-        *(stack(mine[:count]) for mine in found),
-        predicted,
-        np.concatenate(labels)[:count],
-        np.concatenate(talkers)[:count],
-        audio,
-    )
+    here, there, plain = (stack(mine[:count]) for mine in found)
+    unit_nKP, talker_n = np.concatenate(labels)[:count], np.concatenate(talkers)[:count]
+    return Trial(here, there, plain, predicted, unit_nKP, talker_n, audio)
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -353,8 +350,8 @@ def evaluate(
             out["audio"][protocol] = _audio_figures(trial, methods, true, run)
             out["properties"] = properties(run, trial._replace(audio=trial.audio[:50]))
         left = (time.monotonic() - began) / (done + 1) * (len(jobs) - done - 1)
-        error = figures[label]["model"]["shape_rmse_db"]["mean"]
-        say(f"{protocol} {label}: shape error {error:.2f} dB; left {left / 60:.0f} min")
+        mean = figures[label]["model"]["shape_rmse_db"]["mean"]
+        say(f"{protocol} {label}: shape error {mean:.2f} dB; left {left / 60:.0f} min")
     return out
 
 

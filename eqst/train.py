@@ -88,7 +88,9 @@ def _batch_terms(
 ) -> objective.Terms:
     """Terms of every pair, leaves [B]."""
 
-    def one(input_XM: jax.Array, reference_XM: jax.Array, label_KP: jax.Array, b: jax.Array):
+    def one(
+        input_XM: jax.Array, reference_XM: jax.Array, label_KP: jax.Array, b: jax.Array
+    ) -> objective.Terms:
         own = None if key is None else jax.random.fold_in(key, b)
         seen_as = predictor.apply(config, params, normalisation, input_XM, reference_XM, own)
         return objective.pair_terms(config, seen_as, label_KP)
@@ -271,7 +273,9 @@ def _run(
     say(f"network: {count:,} parameters")
 
     @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
-    def step_once(state: State, normalisation: Any, batch: Any, constants: Any, which: int):
+    def step_once(
+        state: State, normalisation: Any, batch: Any, constants: Any, which: int
+    ) -> tuple[State, objective.Terms]:
         return train_step(config, state, normalisation, supply.see(batch, constants, which))
 
     @jax.jit
@@ -342,7 +346,7 @@ def _restore(
         functools.partial(observe.heard, config), jax.ShapeDtypeStruct((samples,), jnp.float32)
     )
     shape = seen.shape[1:] if config.features.kind == "mel" else seen.shape
-    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    leaf: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.params),
         _saved_tree(state, predictor.Normalisation(leaf, leaf)),

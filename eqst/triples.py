@@ -47,7 +47,9 @@ def find(folder: pathlib.Path) -> list[Triple]:
     for path in sorted(folder.rglob("*_input.*")):
         stem = path.stem.removesuffix("_input")
 
-        def beside(endings: tuple[str, ...], stem: str = stem, path: pathlib.Path = path):
+        def beside(
+            endings: tuple[str, ...], stem: str = stem, path: pathlib.Path = path
+        ) -> pathlib.Path | None:
             choices = [path.with_name(f"{stem}_{ending}{path.suffix}") for ending in endings]
             return next((choice for choice in choices if choice.exists()), None)
 
@@ -95,7 +97,7 @@ def run(
     folder: pathlib.Path, matcher: match.Matcher, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Distances per example and their means per set."""
-    examples = []
+    examples: list[dict[str, Any]] = []
     triples = find(folder)
     for done, triple in enumerate(triples, start=1):
         examples.append({"set": triple.group, "name": triple.name, **judge(triple, matcher)})

@@ -20,7 +20,17 @@ ORDER = (
     # sound
     *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "store", "corpus"),
     # what is learnt from, and what learns
-    *("pairs", "features", "evidence", "pooled", "augment", "observe", "data", "resident", "predictor"),
+    *(
+        "pairs",
+        "features",
+        "evidence",
+        "pooled",
+        "augment",
+        "observe",
+        "data",
+        "resident",
+        "predictor",
+    ),
     *("objective", "batches", "train"),
     # what is done with it
     *("metrics", "bayes", "baselines", "report", "picture", "match", "evaluate", "triples"),

@@ -125,9 +125,7 @@ def test_it_learns(configure, cache, tmp_path):
 def test_loss_curve_is_the_same_on_1_2_and_4_devices(configure, cache, tmp_path):
     curves = []
     for devices in (1, 2, 4):
-        made = configure(
-            TINY | POOLED | {"data.cache_dir": str(cache), "train.devices": devices}
-        )
+        made = configure(TINY | POOLED | {"data.cache_dir": str(cache), "train.devices": devices})
         train.train(made, tmp_path / str(devices), silent)
         curves.append(losses(tmp_path / str(devices)))
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
@@ -210,7 +208,10 @@ def test_sigterm_saves_and_exits_75_and_the_command_resumes(cache, tmp_path):
     # So many steps that it cannot be over; a checkpoint is never due by itself.
     changes = {"train.steps": 100000, "train.checkpoint_every": 100000, "train.eval_every": 100000}
     victim = subprocess.Popen(
-        command(tmp_path, cache, changes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(tmp_path, cache, changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     wait_for_step(tmp_path, 5, victim)
     victim.send_signal(signal.SIGTERM)
