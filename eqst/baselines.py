@@ -222,13 +222,13 @@ def predict(
         projected_nF, params = project(curve_nF, grid_hz_F, **options)
         return Prediction(projected_nF if projected else curve_nF, params, extra)
 
-    def posterior(model: Gaussian, difference_nD: np.ndarray) -> Prediction:
+    def posterior(model: Gaussian, difference_nD: np.ndarray, runs: int) -> Prediction:
         result = bayes.sample_posterior(
             bayes.reduce_noise(model.noise, bands=bands, temperature=model.temperature),
             difference_nD,
             freq_hz_M=freq_hz_M,
             seed=seed,
-            plan=plan,
+            plan=plan._replace(runs=runs),
             **options,
         )
         extra = result._asdict()
@@ -243,9 +243,12 @@ def predict(
     geometric_nM = eq.remove_level(seen_nD[:, bands:])
     answers["ridge"] = free(geometric_nM @ fitted.ridge_FM.T, fitted.ridge_projected)
     answers["wiener"] = free(seen_nD @ fitted.pair.curve_FD.T, fitted.pair_projected)
-    answers["bayes"] = posterior(fitted.pair, seen_nD)
+    answers["bayes"] = posterior(fitted.pair, seen_nD, plan.runs)
     nothing = Evidence(*(np.zeros_like(field) for field in evidence_reference))
-    answers["bayes_blind"] = posterior(fitted.blind, difference(evidence_reference, nothing))
+    # the blind posterior is wide and easily sampled: half the runs are plenty
+    answers["bayes_blind"] = posterior(
+        fitted.blind, difference(evidence_reference, nothing), (plan.runs + 1) // 2
+    )
     return answers
 
 

@@ -64,7 +64,7 @@ class Checkpoints:
         """Names the run's folder and how many of the last checkpoints stay."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint has to stay")
-        self._folder = epath.Path(workdir) / "checkpoints"
+        self._folder = _absolute(workdir) / "checkpoints"
         self._last = self._folder / "last"
         self._best = self._folder / "best"
         self._keep = keep
@@ -189,7 +189,7 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r}: choose 'best' or 'last'")
     card = read_card(workdir)
-    root = epath.Path(workdir) / "checkpoints" / which
+    root = _absolute(workdir) / "checkpoints" / which
     if not _complete_steps(root):
         other = "last" if which == "best" else "best"
         has_other = bool(_complete_steps(root.parent / other))
@@ -211,6 +211,12 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
 
     step, tree, _ = _newest_readable(root, read)
     return Loaded(card, tree["params"], step)
+
+
+def _absolute(workdir: str | os.PathLike[str]) -> epath.Path:
+    """A run's folder as Orbax wants it: absolute, or a bucket's address."""
+    path = epath.Path(workdir)
+    return path if "://" in os.fspath(workdir) else epath.Path(os.path.abspath(path))
 
 
 def export_weights(

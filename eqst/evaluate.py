@@ -76,16 +76,17 @@ class Trial(NamedTuple):
     """What every method gets of n pairs, and the truth.
 
     Attributes:
-      input, reference, plain_reference: evidence, [n, M]; the last without the label's EQ.
+      input, reference: evidence, [n, M], or None where no baseline is asked.
+      plain_reference: evidence of the reference without the label's EQ, for tuning, or None.
       predicted: the model's settings [n, K], or None where no model was asked.
       unit_nKP: the true settings in the unit cube.
       talker_n: recording numbers.
       audio: some of the rendered (input, reference) pairs, for the audio measures.
     """
 
-    input: Evidence
-    reference: Evidence
-    plain_reference: Evidence
+    input: Evidence | None
+    reference: Evidence | None
+    plain_reference: Evidence | None
     predicted: eq.EqParams | None
     unit_nKP: np.ndarray
     talker_n: np.ndarray
@@ -100,11 +101,13 @@ def rendered_chunks(
     protocol: str,
     count: int,
     seed: int,
-) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    without_label: bool = False,
+) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, ...]]]:
     """Pairs 0 .. count - 1 of this seed, recordings in turn, in chunks of `CHUNK`.
 
     Yields:
-      the plans, and audio [CHUNK, T]: input, reference, and the reference without the label's EQ.
+      the plans, and audio [CHUNK, T]: input, reference, and, if `without_label`, the reference
+      without the label's EQ.
     """
     data, rate = config.data, recordings.sample_rate
     index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
@@ -120,9 +123,11 @@ def rendered_chunks(
     @jax.jit
     @jax.vmap
     def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
+        sounds = render_one(input_T, reference_T, plan)
+        if not without_label:
+            return sounds
         flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
-        heard_T, reference_eq_T = render_one(input_T, reference_T, plan)
-        return heard_T, reference_eq_T, render_one(input_T, reference_T, flat)[1]
+        return *sounds, render_one(input_T, reference_T, flat)[1]
 
     for begin in range(0, count, CHUNK):
         plan = jax.tree.map(np.asarray, draw(np.arange(begin, begin + CHUNK)))
@@ -145,21 +150,31 @@ def run_trial(
     count: int,
     seed: int,
     ask_model: bool,
+    with_evidence: bool = True,
     keep_audio: int = 0,
 ) -> Trial:
-    """Renders the pairs, takes the evidence of the baselines, and asks the model."""
+    """Renders the pairs, takes the evidence of the baselines, and asks the model.
+
+    Where the model is asked, the pairs are a test, and `plain_reference` is not made.
+    """
     predict = jax.jit(
         jax.vmap(
             functools.partial(predictor.predict_audio, run.config, run.params, run.normalisation)
         )
     )
-    found: list[list[Evidence]] = [[], [], []]
+    found: list[list[Evidence]] = [[], []] if ask_model else [[], [], []]
     answers, labels, talkers = [], [], []
     audio: list[tuple[np.ndarray, np.ndarray]] = []
     for plan, sounds in rendered_chunks(
-        run.config, recordings, seconds=seconds, protocol=protocol, count=count, seed=seed
+        run.config,
+        recordings,
+        seconds=seconds,
+        protocol=protocol,
+        count=count,
+        seed=seed,
+        without_label=not ask_model,
     ):
-        for mine, sound_BT in zip(found, sounds, strict=True):
+        for mine, sound_BT in zip(found, sounds, strict=True) if with_evidence else ():
             mine += _listen(list(sound_BT), recordings.sample_rate)
         if ask_model:
             answers.append(jax.tree.map(np.asarray, predict(sounds[0], sounds[1])))
@@ -171,9 +186,10 @@ def run_trial(
     predicted = None
     if ask_model:
         predicted = eq.EqParams(*(np.concatenate(x)[:count] for x in zip(*answers, strict=True)))
-    here, there, plain = (stack(mine[:count]) for mine in found)
+    heard = [stack(mine[:count]) if mine else None for mine in found]
     unit_nKP, talker_n = np.concatenate(labels)[:count], np.concatenate(talkers)[:count]
-    return Trial(here, there, plain, predicted, unit_nKP, talker_n, audio)
+    plain = None if ask_model else heard[2]
+    return Trial(heard[0], heard[1], plain, predicted, unit_nKP, talker_n, audio)
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -305,6 +321,7 @@ def evaluate(
                 count=spec.pairs,
                 seed=spec.seed,
                 ask_model=True,
+                with_evidence=with_baselines,
                 keep_audio=min(AUDIO_PAIRS, spec.pairs) if seconds == spec.seconds[0] else 0,
             )
         except pairs.PairsError as error:
@@ -324,6 +341,8 @@ def evaluate(
                 seed=spec.seed + 1,
                 ask_model=False,
             )
+            assert tuned.input and tuned.reference and tuned.plain_reference
+            assert trial.input and trial.reference
             train_set = baselines.TrainSet(
                 tuned.input,
                 tuned.reference,

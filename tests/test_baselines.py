@@ -11,7 +11,7 @@ RATE = 44_100.0
 FREQ_HZ_M = band_hz(RATE)
 BANDS = len(FREQ_HZ_M)
 OPTIONS = {"table": eq.PAPER, "sample_rate": RATE}
-PLAN = bayes.Plan(runs=2, stages=8, kept=12)
+PLAN = bayes.Plan(runs=3, stages=8, kept=12)
 
 
 def make_pairs(pairs: int, seed: int, talkers: int = 10, noise_db: float = 3.0):

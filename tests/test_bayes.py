@@ -108,10 +108,10 @@ def test_noise_covariance_is_the_samples_and_shrinks_to_its_diagonal():
 
 def test_posterior_mean_is_that_of_brute_force_importance_sampling():
     # Noise wide enough that plain prior draws still give an effective sample of hundreds.
-    noise = toy_noise(14.0)
-    difference_nD, _ = simulate(noise, 6, seed=2)
+    noise = toy_noise(20.0)
+    difference_nD, _ = simulate(noise, 5, seed=2)
     found = sample(noise, difference_nD)
-    params = eq.sample(eq.PAPER, jax.random.key(99), (8_000,))
+    params = eq.sample(eq.PAPER, jax.random.key(99), (10_000,))
     grid_BF = eq.remove_level(
         np.asarray(bayes.response(params, eq.curve_grid_hz(RATE), RATE), float)
     )

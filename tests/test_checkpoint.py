@@ -616,3 +616,13 @@ def test_weights_load_without_orbax(tmp_path: Path) -> None:
     checkpoint.export_weights(tmp_path, tmp_path / "mine")
     done = run_python(LOAD_WEIGHTS, str(tmp_path / "mine"))
     assert done.stdout == "[]\n", done.stderr[-2000:]
+
+
+def test_a_relative_workdir_is_taken_from_the_current_folder(tmp_path, monkeypatch):
+    """As every README command names it; Orbax itself refuses relative paths."""
+    monkeypatch.chdir(tmp_path)
+    write_card("run", {"config": {}, "normalisation": {}, "band_table": {}})
+    with Checkpoints("run") as saved:
+        saved.save(1, {"params": {"w": np.arange(3.0)}})
+        saved.save_best(1, {"w": np.arange(3.0)}, 0.5)
+    np.testing.assert_array_equal(load("run").params["w"], np.arange(3.0))

@@ -1,0 +1,110 @@
+"""Evaluation: the same pairs for every method, the truth scores zero, and what is printed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from eqst import baselines, config, corpus, eq, evaluate, predictor, report
+
+RATE = 44100
+
+
+@pytest.fixture(scope="module")
+def run(configure):
+    """An untrained predictor: what is tested here is the measuring."""
+    made = configure(
+        {
+            "features.kind": "pooled",
+            "model.comparison": "direct",
+            "model.head": "continuous",
+            "model.hidden": 8,
+            "model.blocks": 0,
+            "evaluation.seconds": (1.0,),
+            "evaluation.pairs": 12,
+            "evaluation.tune_pairs": 40,
+            "evaluation.bootstrap": 50,
+        }
+    )
+    params = predictor.init(made, jax.random.key(0))
+    bands = params["predictor"]["enter"]["kernel"].shape[0] // 18
+    normalisation = predictor.Normalisation(np.zeros((9, bands)), 10.0 * np.ones((9, bands)))
+    return evaluate.Run(made, params, normalisation, 0, "none")
+
+
+@pytest.fixture(scope="module")
+def recordings(bursts, corpus_of) -> corpus.Corpus:
+    return corpus_of([bursts(seed, 5.0, RATE) for seed in range(6)], RATE)
+
+
+def trial(run, recordings, count, seed=3):
+    return evaluate.run_trial(
+        run,
+        recordings,
+        seconds=1.0,
+        protocol="coloured",
+        count=count,
+        seed=seed,
+        ask_model=True,
+        keep_audio=2,
+    )
+
+
+def test_pair_k_does_not_depend_on_how_many_are_asked(run, recordings):
+    few, more = trial(run, recordings, 5), trial(run, recordings, 11)
+    np.testing.assert_array_equal(few.unit_nKP, more.unit_nKP[:5])
+    np.testing.assert_array_equal(few.input.power_db, more.input.power_db[:5])
+    np.testing.assert_allclose(few.predicted.gain_db, more.predicted.gain_db[:5], atol=1e-5)
+    assert len(few.talker_n) == 5 and len(few.audio) == 2
+
+
+def test_talkers_come_in_turn(run, recordings):
+    talkers = trial(run, recordings, 12).talker_n
+    assert np.bincount(talkers).tolist() == [2] * 6
+
+
+def test_the_true_settings_score_zero_and_a_flat_curve_scores_the_true_curve(run, recordings):
+    made = trial(run, recordings, 6)
+    true = eq.from_unit(eq.PAPER, made.unit_nKP.astype(np.float64))
+    curve_nF = baselines.settings_curve(true, RATE)
+    exact = evaluate._figures(baselines.Prediction(curve_nF, true, {}), true, made.talker_n, run)
+    assert exact["shape_rmse_db"]["mean"] < 1e-4 and exact["share_within_db"]["1"] == 1.0
+    assert exact["log2_freq_error"] < 1e-6
+    flat = evaluate._figures(baselines.Prediction(0 * curve_nF, None, {}), true, made.talker_n, run)
+    expected = np.std(curve_nF, axis=1).mean()
+    np.testing.assert_allclose(flat["shape_rmse_db"]["mean"], expected, rtol=1e-6)
+
+
+def test_level_changes_nothing_and_recordings_with_themselves_are_compared(run, recordings):
+    found = evaluate.properties(run, trial(run, recordings, 3))
+    assert found["level_change_rms_db"] < 1e-3
+    assert found["pairs"] == 2 and np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.long
+def test_all_baselines_stand_beside_the_model(run, recordings, tmp_path):
+    results = evaluate.evaluate(run, recordings, recordings, say=lambda line: None)
+    for protocol in ("plain", "coloured"):
+        figures = results["figures"][protocol]["1 s"]
+        assert {name for name, _, _ in report.METHODS} <= set(figures)
+        for name, _, _ in report.METHODS:
+            assert figures[name]["shape_rmse_db"]["count"] == 12, name
+        means = {name: figures[name]["shape_rmse_db"]["mean"] for name, _, _ in report.METHODS}
+        # The paper's grid is finer than anything guessed from a second of noise.
+        assert means["oracle_grid"] < 0.5 * means["do_nothing"]
+        assert means["oracle"] < 0.5 * means["do_nothing"]
+    json.dumps(results)
+    text = report.table_text(results)
+    assert "Bayes" in text and "12 pairs, 6 talkers" in text
+    report.error_against_seconds(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_folder_trained_on_is_used_by_its_split_and_another_one_whole(run, tmp_path):
+    data = config.Data(sources=(f"folder:{tmp_path}",), manifest="m.csv")
+    trained = run._replace(config=config.Config(data=data))
+    assert evaluate.select(trained, str(tmp_path), "", "dev")[1] == "dev"
+    new, split = evaluate.select(trained, str(tmp_path / "other"), "", "dev")
+    assert split == "all" and new.manifest == ""
+    assert evaluate.select(trained, "", "", "dev") == (data, "dev")
