@@ -621,8 +621,8 @@ def test_weights_load_without_orbax(tmp_path: Path) -> None:
 def test_a_relative_workdir_is_taken_from_the_current_folder(tmp_path, monkeypatch):
     """As every README command names it; Orbax itself refuses relative paths."""
     monkeypatch.chdir(tmp_path)
-    write_card("run", {"config": {}, "normalisation": {}, "band_table": {}})
+    checkpoint.write_card("run", CARD)
     with Checkpoints("run") as saved:
         saved.save(1, {"params": {"w": np.arange(3.0)}})
         saved.save_best(1, {"w": np.arange(3.0)}, 0.5)
-    np.testing.assert_array_equal(load("run").params["w"], np.arange(3.0))
+    np.testing.assert_array_equal(checkpoint.load("run").params["w"], np.arange(3.0))
