@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqst import baselines, config, corpus, eq, evaluate, predictor, report
+from eqst import baselines, config, corpus, eq, evaluate, predictor, report, trials
 
 RATE = 44100
 
@@ -30,7 +30,7 @@ def run(configure):
     params = predictor.init(made, jax.random.key(0))
     bands = params["predictor"]["enter"]["kernel"].shape[0] // 18
     normalisation = predictor.Normalisation(np.zeros((9, bands)), 10.0 * np.ones((9, bands)))
-    return evaluate.Run(made, params, normalisation, 0, "none")
+    return trials.Run(made, params, normalisation, 0, "none")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def recordings(bursts, corpus_of) -> corpus.Corpus:
 
 
 def trial(run, recordings, count, seed=3):
-    return evaluate.run_trial(
+    return trials.run_trial(
         run,
         recordings,
         seconds=1.0,
@@ -89,7 +89,7 @@ def test_all_baselines_stand_beside_the_model(run, recordings, tmp_path):
         figures = results["figures"][protocol]["1 s"]
         assert {name for name, _, _ in report.METHODS} <= set(figures)
         for name, _, _ in report.METHODS:
-            assert figures[name]["shape_rmse_db"]["count"] == 12, name
+            assert figures[name]["shape_rmse_db"]["pairs"] == 12, name
         means = {name: figures[name]["shape_rmse_db"]["mean"] for name, _, _ in report.METHODS}
         # The paper's grid is finer than anything guessed from a second of noise.
         assert means["oracle_grid"] < 0.5 * means["do_nothing"]

@@ -16,7 +16,7 @@ ORDER = (
     # what stands alone
     *("config", "command", "files", "mesh", "card", "seal", "checkpoint"),
     # the equaliser and its responses
-    *("halfangle", "biquad", "curvefit", "eq", "settings", "accuracy"),
+    *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
     *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "store", "corpus"),
     # what is learnt from, and what learns
@@ -33,7 +33,8 @@ ORDER = (
     ),
     *("objective", "batches", "train"),
     # what is done with it
-    *("metrics", "bayes", "baselines", "report", "picture", "match", "evaluate", "triples"),
+    *("metrics", "bayes", "linear", "baselines", "trials", "report", "picture"),
+    *("match", "evaluate", "triples", "accuracy"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).

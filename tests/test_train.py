@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from eqst import batches, checkpoint, config, corpus, evaluate, objective, pairs, train
+from eqst import batches, checkpoint, config, corpus, objective, pairs, train, trials
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -90,7 +90,7 @@ def test_every_config_takes_steps_and_its_loss_is_finite(file, cache, tmp_path):
     state = train.train(config.validate(settings), tmp_path, silent)
     assert int(state.step) == 2
     assert np.isfinite(losses(tmp_path)).all() and len(losses(tmp_path)) == 2
-    run = evaluate.open_run(tmp_path)
+    run = trials.open_run(tmp_path)
     assert run.config == config.validate(settings)
 
 
@@ -268,7 +268,7 @@ def test_the_line_end_to_end_by_its_commands(cache, tmp_path, repo):
     text = module("evaluate", *words, "--baselines=false")
     assert "shape RMSE in dB, plain" in text
     results = json.loads((out / "results.json").read_text())
-    assert results["figures"]["coloured"]["1 s"]["model"]["shape_rmse_db"]["count"] == 16
+    assert results["figures"]["coloured"]["1 s"]["model"]["shape_rmse_db"]["pairs"] == 16
     assert results["properties"]["level_change_rms_db"] < 1e-3
     assert (out / "error_seconds.png").stat().st_size > 10_000
 

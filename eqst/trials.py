@@ -1,0 +1,161 @@
+"""Trials: a trained predictor, and held-out pairs for it and for the baselines to answer."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from eqst import card, checkpoint, corpus, eq, pairs, predictor
+from eqst.config import Config, from_dict
+from eqst.evidence import Evidence, evidence, stack
+
+CHUNK = 8
+
+
+class Run(NamedTuple):
+    """A trained predictor with its settings."""
+
+    config: Config
+    params: predictor.Params
+    normalisation: predictor.Normalisation
+    step: int
+    commit: str
+
+
+def open_run(workdir: str | os.PathLike[str], which: str = "best") -> Run:
+    """A run's predictor from its folder, whatever machines it was trained on."""
+    loaded = checkpoint.load(workdir, which=which)
+    return from_loaded(loaded)
+
+
+def from_loaded(loaded: card.Loaded) -> Run:
+    """The same from anything that was loaded (a run's checkpoint or packaged weights)."""
+    normalisation = predictor.Normalisation(**loaded.params["normalisation"])
+    config = from_dict(loaded.card["config"])
+    return Run(config, loaded.params["network"], normalisation, loaded.step, loaded.card["commit"])
+
+
+class Trial(NamedTuple):
+    """What every method gets of n pairs, and the truth.
+
+    Attributes:
+      input, reference: evidence, [n, M], or None where no baseline is asked.
+      plain_reference: evidence of the reference without the label's EQ, for tuning, or None.
+      predicted: the model's settings [n, K], or None where no model was asked.
+      unit_nKP: the true settings in the unit cube.
+      talker_n: recording numbers.
+      audio: some of the rendered (input, reference) pairs, for the audio measures.
+    """
+
+    input: Evidence | None
+    reference: Evidence | None
+    plain_reference: Evidence | None
+    predicted: eq.EqParams | None
+    unit_nKP: np.ndarray
+    talker_n: np.ndarray
+    audio: list[tuple[np.ndarray, np.ndarray]]
+
+
+def rendered_chunks(
+    config: Config,
+    recordings: corpus.Corpus,
+    *,
+    seconds: float,
+    protocol: str,
+    count: int,
+    seed: int,
+    without_label: bool = False,
+) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, ...]]]:
+    """Pairs 0 .. count - 1 of this seed, recordings in turn, in chunks of `CHUNK`.
+
+    Yields:
+      the plans, and audio [CHUNK, T]: input, reference, and, if `without_label`, the reference
+      without the label's EQ.
+    """
+    data, rate = config.data, recordings.sample_rate
+    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+    draw = jax.jit(jax.vmap(lambda k: pairs.draw(seed, k, index, protocol=protocol, turn=True)))
+    render_one = functools.partial(
+        pairs.render,
+        table=eq.table(config.eq_table),
+        protocol=protocol,
+        sample_rate=rate,
+        context=round(data.context_seconds * rate),
+    )
+
+    @jax.jit
+    @jax.vmap
+    def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
+        sounds = render_one(input_T, reference_T, plan)
+        if not without_label:
+            return sounds
+        flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
+        return *sounds, render_one(input_T, reference_T, flat)[1]
+
+    for begin in range(0, count, CHUNK):
+        plan = jax.tree.map(np.asarray, draw(np.arange(begin, begin + CHUNK)))
+        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
+        yield plan, jax.tree.map(np.asarray, render(*audio, plan))
+
+
+def _listen(items: list[np.ndarray], sample_rate: int) -> list[Evidence]:
+    """Evidence of several segments, on all cores (the FFTs leave Python's lock)."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda samples_T: evidence(samples_T, sample_rate), items))
+
+
+def run_trial(
+    run: Run,
+    recordings: corpus.Corpus,
+    *,
+    seconds: float,
+    protocol: str,
+    count: int,
+    seed: int,
+    ask_model: bool,
+    with_evidence: bool = True,
+    keep_audio: int = 0,
+) -> Trial:
+    """Renders the pairs, takes the evidence of the baselines, and asks the model.
+
+    Where the model is asked, the pairs are a test, and `plain_reference` is not made.
+    """
+    predict = jax.jit(
+        jax.vmap(
+            functools.partial(predictor.predict_audio, run.config, run.params, run.normalisation)
+        )
+    )
+    found: list[list[Evidence]] = [[], []] if ask_model else [[], [], []]
+    answers, labels, talkers = [], [], []
+    audio: list[tuple[np.ndarray, np.ndarray]] = []
+    for plan, sounds in rendered_chunks(
+        run.config,
+        recordings,
+        seconds=seconds,
+        protocol=protocol,
+        count=count,
+        seed=seed,
+        without_label=not ask_model,
+    ):
+        for mine, sound_BT in zip(found, sounds, strict=True) if with_evidence else ():
+            mine += _listen(list(sound_BT), recordings.sample_rate)
+        if ask_model:
+            answers.append(jax.tree.map(np.asarray, predict(sounds[0], sounds[1])))
+        labels.append(plan.label_KP)
+        talkers.append(plan.input_recording)
+        for input_T, reference_T in zip(sounds[0], sounds[1], strict=True):
+            if len(audio) < keep_audio:
+                audio.append((input_T, reference_T))
+    predicted = None
+    if ask_model:
+        predicted = eq.EqParams(*(np.concatenate(x)[:count] for x in zip(*answers, strict=True)))
+    heard = [stack(mine[:count]) if mine else None for mine in found]
+    unit_nKP, talker_n = np.concatenate(labels)[:count], np.concatenate(talkers)[:count]
+    plain = None if ask_model else heard[2]
+    return Trial(heard[0], heard[1], plain, predicted, unit_nKP, talker_n, audio)
