@@ -239,7 +239,9 @@ def select(run: Run, folder: str, manifest: str, split: str) -> tuple[Data, str]
         pathlib.Path(x[7:]).expanduser().resolve() for x in data.sources if x.startswith("folder:")
     ]
     own = manifest or (data.manifest if here in trained else "")
-    new = dataclasses.replace(data, sources=(source,), source_weights=(1.0,), manifest=own)
+    new = dataclasses.replace(
+        data, sources=(source,), source_weights=(1.0,), manifest=own, permissive_only=False
+    )
     return new, split if (own or here in trained) else "all"
 
 
