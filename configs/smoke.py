@@ -10,7 +10,7 @@ def get_config():
     """`config.pooled`, short, with a small evaluation."""
     settings = config.pooled()
     settings.train.steps = 4000
-    settings.evaluation.seconds = (1.0, 3.0, 10.0)
-    settings.evaluation.pairs = 240
+    settings.evaluation.seconds = (3.0, 10.0)
+    settings.evaluation.pairs = 200
     settings.evaluation.tune_pairs = 400
     return settings
