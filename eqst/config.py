@@ -410,7 +410,8 @@ def _check(config: Config) -> Config:
     shares = data.curve_share + data.noise_share + data.one_sided_noise_share + data.gate_share
     _require(
         data.warp == 1.0 and shares == 0.0 or data.rendering in ("device", "pooled"),
-        f"augmentation needs data.rendering 'device' or 'pooled', not {data.rendering!r}",
+        "data.warp, curve_share and the noise shares need data.rendering 'device' or 'pooled', "
+        f"not {data.rendering!r}",
     )
     _require(
         data.gate_share == 0.0 or data.rendering == "pooled",

@@ -347,6 +347,9 @@ def test_json_is_what_the_design_promises(files):
 
 
 STUBBED = """
+import signal
+# A shell that starts this in the background makes children deaf to SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 import numpy as np
 from eqst import command, eq, match, render

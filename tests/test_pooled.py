@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.signal import sosfilt, sosfreqz
 
-from eqst import biquad, eq, features, observe, pairs, pooled
+from eqst import augment, biquad, eq, features, observe, pairs, pooled
 from eqst.config import Features
 
 RATE = 44100
@@ -211,9 +211,14 @@ def test_augmentation_is_off_at_its_defaults_and_alike_for_both(configure, confi
 def test_augmentation_keeps_to_its_settings(configure):
     data = configure(
         {
+            "features.kind": "pooled",
+            "model.comparison": "direct",
+            "data.rendering": "pooled",
             "data.warp": 1.25,
             "data.curve_share": 0.3,
             "data.noise_share": 0.6,
+            "data.one_sided_noise_share": 0.2,
+            "data.gate_share": 0.4,
             "data.noise_low_db": -80.0,
             "data.noise_high_db": -40.0,
         }
@@ -222,17 +227,41 @@ def test_augmentation_keeps_to_its_settings(configure):
     where = jnp.linspace(0.0, 1.0, 33)
 
     def what(augment_A):
-        change = observe.augmentation(data, plan_of(np.full((4, 3), 0.5, np.float32), augment_A))
-        return change.warp, change.curve_db(where), change.noise_db(where)
+        change = augment.of_plan(data, plan_of(np.full((4, 3), 0.5, np.float32), augment_A))
+        sides = [(s.noise_db(where), s.gate_share, s.gate_db) for s in change[2:]]
+        return change.warp, change.curve_db(where), sides
 
-    warp, curve, noise = (np.asarray(x) for x in jax.jit(jax.vmap(what))(u))
+    warp, curve, (left, right) = jax.tree.map(np.asarray, jax.jit(jax.vmap(what))(u))
     assert 0.8 <= warp.min() < 0.81 and 1.24 < warp.max() <= 1.2501
     assert abs(np.log(warp).mean()) < 0.01
-    with_curve, with_noise = np.any(curve != 0.0, axis=1), noise[:, 0] > -190.0
+    with_curve = np.any(curve != 0.0, axis=1)
     assert with_curve.mean() == pytest.approx(0.3, abs=0.03)
-    assert with_noise.mean() == pytest.approx(0.6, abs=0.03)
-    assert np.median(noise[with_noise][:, 16]) == pytest.approx(-60.0, abs=3.0)
     # Deviation at a place of the curve: the cosines' own, times `curve_db`.
-    cosines = np.cos(np.pi * np.arange(1, 7) * 0.25) * observe._COSINES
+    cosines = np.cos(np.pi * np.arange(1, 7) * 0.25) * augment._COSINES
     expected = data.curve_db * np.sqrt(np.sum(cosines**2))
     assert curve[with_curve][:, 8].std() == pytest.approx(expected, rel=0.1)
+    # In 0.2 of the pairs one side has a floor of its own; the others share theirs, or have none.
+    differs = np.any(left[0] != right[0], axis=1)
+    assert differs.mean() == pytest.approx(0.2, abs=0.03)
+    with_noise = left[0][~differs][:, 0] > -190.0
+    assert with_noise.mean() == pytest.approx(0.6, abs=0.03)
+    assert np.median(left[0][~differs][with_noise][:, 16]) == pytest.approx(-60.0, abs=3.0)
+    # Gates are drawn for each side by itself, 3 .. 40 dB deep, closed 5 .. 50 % of the time.
+    gates = np.stack([left[2] > 0.0, right[2] > 0.0])
+    np.testing.assert_allclose(gates.mean(axis=1), 0.4, atol=0.03)
+    assert gates.all(axis=0).mean() == pytest.approx(0.16, abs=0.03)
+    depths = left[2][gates[0]]
+    assert 3.0 <= depths.min() < 4.0 and 39.0 < depths.max() <= 40.0
+    assert 0.05 <= left[1].min() and left[1].max() <= 0.5
+
+
+def test_a_gate_lowers_quiet_quantiles_and_not_the_mean_power():
+    stats_SM = jnp.asarray(np.random.default_rng(8).normal(-40.0, 10.0, (9, 74)), jnp.float32)
+    side = augment.Side(lambda position: position, jnp.float32(0.3), jnp.float32(20.0))
+    fall_S = np.asarray(stats_SM - augment.gated(stats_SM, side))[:, 0]
+    np.testing.assert_allclose(fall_S[0], 0.0, atol=1e-5)
+    np.testing.assert_allclose(fall_S[1], 0.3 * 20.0, rtol=1e-5)
+    # Quantiles .05, .10, .25 lie inside the closed time (the last near its edge), the others out.
+    np.testing.assert_allclose(fall_S[2:4], 20.0, atol=0.01)
+    assert 17.0 < fall_S[4] < 20.0
+    np.testing.assert_allclose(fall_S[5:], 0.0, atol=0.01)
