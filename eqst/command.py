@@ -11,6 +11,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
+def _one_line(error: BaseException) -> str:
+    r"""The message without line breaks, real ones or the "\n" of a quoted message."""
+    return " ".join(str(error).replace("\\n", " ").split())
+
+
 def start(name: str, define_flags: Callable[[], None], body: Callable[[], None]) -> None:
     """Parses the flags and runs `body`; never a traceback for a user's mistake.
 
@@ -30,9 +35,16 @@ def start(name: str, define_flags: Callable[[], None], body: Callable[[], None])
         try:
             body()
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
-            sys.exit(f"{name}: {error}")
+            sys.exit(f"{name}: {_one_line(error)}")
         except KeyboardInterrupt:
             sys.exit(f"{name}: interrupted")
 
+    def parse(argv: list[str]) -> list[str]:
+        # ml_collections raises these for an unknown setting, a wrong type, a missing config file.
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            sys.exit(f"{name}: {_one_line(error)}")
+
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse)

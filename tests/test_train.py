@@ -291,3 +291,24 @@ def test_the_line_end_to_end_by_its_commands(cache, tmp_path, repo):
     sets = json.loads((tmp_path / "demo" / "triples.json").read_text())["sets"]
     # White noise against white noise: nothing to do, so untouched is the nearest of them.
     assert sets["ex"]["third_octave"]["untouched"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config.data.sorces=x"], "sources"),
+        (["--config.train.steps=-3"], "train.steps is -3; it lies between 1 and"),
+        (["--config=configs/none.py"], "configs/none.py"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(words, said, tmp_path):
+    usual = [] if words[0].startswith("--config=") else [f"--config={CONFIGS[0]}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "eqst.train", *usual, f"--workdir={tmp_path}", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
