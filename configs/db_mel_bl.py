@@ -8,6 +8,6 @@ from eqst import config
 
 def get_config():
     """`db_mel_pm` but for the comparison."""
-    settings = config.default()
+    settings = config.paper()
     settings.model.comparison = "subtract"
     return settings

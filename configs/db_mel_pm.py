@@ -7,5 +7,5 @@ from eqst import config
 
 
 def get_config():
-    """The defaults are this variant."""
-    return config.default()
+    """`config.paper` is this variant."""
+    return config.paper()

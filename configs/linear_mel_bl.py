@@ -8,7 +8,7 @@ from eqst import config
 
 def get_config():
     """`db_mel_pm` but for the features' scale and the comparison."""
-    settings = config.default()
+    settings = config.paper()
     settings.features.scale = "linear"
     settings.model.comparison = "subtract"
     return settings

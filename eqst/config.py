@@ -243,6 +243,21 @@ def default() -> config_dict.ConfigDict:
     return _to_config_dict(Config())
 
 
+def paper() -> config_dict.ConfigDict:
+    """What the paper's three variants share on top of the defaults; their files start from these.
+
+    Augmentation, because data is the limit (design section 5), and one budget for all three.
+    """
+    settings = default()
+    settings.data.warp = 1.2
+    settings.data.curve_share = 0.5
+    settings.data.noise_share = 0.5
+    settings.train.batch_size = 32
+    settings.train.steps = 4000
+    settings.train.ema_decay = 0.995
+    return settings
+
+
 def pooled() -> config_dict.ConfigDict:
     """The settings of our own model on top of the defaults; its config files start from these."""
     settings = default()

@@ -255,3 +255,31 @@ def test_audio_in_settings_out(configure, bursts):
     ):
         assert x.shape == (4,) and np.all((x >= low) & (x <= high))
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("frames, taps, stride", [(33, 3, 2), (16, 5, 4), (7, 2, 3), (9, 1, 2)])
+def test_strided_convolution_and_its_gradients_are_those_of_lax(frames, taps, stride):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x_BNMC = jax.random.normal(keys[0], (2, frames, 12, 3))
+    kernel = jax.random.normal(keys[1], (taps, 5, 3, 4))
+
+    def reference(x_BNMC, kernel):
+        return jax.lax.conv_general_dilated(
+            x_BNMC, kernel, (stride, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def ours(x_BNMC, kernel):
+        return jax.vmap(predictor._strided_conv, (0, None, None))(x_BNMC, kernel, stride)
+
+    weight = jax.random.normal(keys[2], reference(x_BNMC, kernel).shape)
+    values, gradients = [], []
+    for conv in (reference, ours):
+
+        def total(*a, conv=conv):
+            return jnp.sum(weight * conv(*a))
+
+        values.append(jax.jit(conv)(x_BNMC, kernel))
+        gradients.append(jax.jit(jax.grad(total, (0, 1)))(x_BNMC, kernel))
+    np.testing.assert_allclose(values[1], values[0], atol=1e-4)
+    for mine, theirs in zip(gradients[1], gradients[0], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
