@@ -9,7 +9,7 @@ from eqst import config
 def get_config():
     """`config.pooled`, short, with a small evaluation."""
     settings = config.pooled()
-    settings.train.steps = 4000
+    settings.train.steps = 6000
     settings.evaluation.seconds = (3.0, 10.0)
     settings.evaluation.pairs = 200
     settings.evaluation.tune_pairs = 400

@@ -8,7 +8,6 @@ what else it has to say. A row fails when its worst value exceeds its limit; Non
 from __future__ import annotations
 
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -353,16 +352,13 @@ def _define_flags() -> None:
 
 def _body() -> None:
     values = flags.FLAGS
-    output = pathlib.Path(values.output)
-    output.mkdir(parents=True, exist_ok=True)
-    target = output / "accuracy.json"
-    files.check_target(target, overwrite=True)
+    output = files.result_folder(values.output, "accuracy.json", overwrite=True)
     chosen = values.section or list(SECTIONS)
     sections = {name: SECTIONS[name](values.bands, values.seed) for name in chosen}
     print(table(sections))
     about = {"bands": values.bands, "seed": values.seed, "jax": jax.__version__}
     about["device"] = jax.devices()[0].device_kind
-    files.write_json(target, {**about, "sections": sections})
+    files.write_json(output / "accuracy.json", {**about, "sections": sections})
     if not all(passes(row) for rows in sections.values() for row in rows):
         sys.exit("eqst.accuracy: a row exceeds its limit (FAILS above)")
 

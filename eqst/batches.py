@@ -1,7 +1,8 @@
 """Where training's batches come from, as the network sees them.
 
 `make_source` is the resident corpus or tf.data behind one face; `measure_normalisation` and
-`valid_pairs` are what training needs of recordings before its first step.
+`valid_pairs` are what training needs of recordings before its first step; `rendered_chunks` is the
+exactly filtered audio that anything held out is judged on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from eqst.config import Config
 
 # Numbers of the examples the feature normalisation is measured on, out of training's reach.
 NORMALISATION_FIRST, NORMALISATION_PAIRS = 2**30, 512
+# Held-out pairs rendered at a time.
+CHUNK = 8
 
 
 class Seen(NamedTuple):
@@ -110,34 +113,64 @@ def measure_normalisation(config: Config, source: Source) -> predictor.Normalisa
     return predictor.Normalisation(mean.astype(np.float32), scale.astype(np.float32))
 
 
+def rendered_chunks(
+    config: Config,
+    recordings: corpus.Corpus,
+    *,
+    seconds: float,
+    protocol: str,
+    count: int,
+    seed: int,
+    without_label: bool = False,
+) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, ...]]]:
+    """Pairs 0 .. count - 1 of this seed, recordings in turn, in chunks of `CHUNK`.
+
+    The EQ is put on by the exact filter, with context. The last chunk is whole; the caller cuts.
+
+    Yields:
+      the plans, and audio [CHUNK, T]: input, reference, and, if `without_label`, the reference
+      without the label's EQ.
+    """
+    data, rate = config.data, recordings.sample_rate
+    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
+    draw = jax.jit(jax.vmap(lambda k: pairs.draw(seed, k, index, protocol=protocol, turn=True)))
+    render_one = functools.partial(
+        pairs.render,
+        table=eq.table(config.eq_table),
+        protocol=protocol,
+        sample_rate=rate,
+        context=round(data.context_seconds * rate),
+    )
+
+    @jax.jit
+    @jax.vmap
+    def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
+        sounds = render_one(input_T, reference_T, plan)
+        if not without_label:
+            return sounds
+        flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
+        return *sounds, render_one(input_T, reference_T, flat)[1]
+
+    for begin in range(0, count, CHUNK):
+        plan = jax.tree.map(np.asarray, draw(np.arange(begin, begin + CHUNK)))
+        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
+        yield plan, jax.tree.map(np.asarray, render(*audio, plan))
+
+
 def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
     """Features of fixed pairs of held-out train talkers, on exactly filtered audio."""
-    data = config.data
-    seconds, rate = data.segment_seconds[0], data.sample_rate
-    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
-    take = jax.jit(
-        jax.vmap(lambda k: pairs.draw(config.seed + 2, k, index, protocol=data.protocol, turn=True))
-    )
-    table, context = eq.table(config.eq_table), round(data.context_seconds * rate)
-
-    def one(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
-        rendered = pairs.render(
-            input_T,
-            reference_T,
-            plan,
-            table=table,
-            protocol=data.protocol,
-            sample_rate=rate,
-            context=context,
+    hear = jax.jit(jax.vmap(functools.partial(observe.heard, config)))
+    parts = [
+        (*(np.asarray(hear(sound_BT)) for sound_BT in sounds), plan.label_KP)
+        for plan, sounds in rendered_chunks(
+            config,
+            recordings,
+            seconds=config.data.segment_seconds[0],
+            protocol=config.data.protocol,
+            count=config.train.eval_pairs,
+            seed=config.seed + 2,
         )
-        return *(observe.heard(config, x) for x in rendered), plan.label_KP
-
-    hear = jax.jit(jax.vmap(one))
-    chunk, parts = 16, []
-    for begin in range(0, config.train.eval_pairs, chunk):
-        plan = jax.tree.map(np.asarray, take(np.arange(begin, begin + chunk)))
-        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
-        parts.append(jax.tree.map(np.asarray, hear(*audio, plan)))
+    ]
     count = config.train.eval_pairs
     inputs, references, labels = (np.concatenate(x)[:count] for x in zip(*parts, strict=True))
     return Seen(jnp.asarray(inputs), jnp.asarray(references), jnp.asarray(labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 def _one_line(error: BaseException) -> str:
     r"""The message without line breaks, real ones or the "\n" of a quoted message."""
     return " ".join(str(error).replace("\\n", " ").split())
+
+
+def line(name: str) -> str:
+    """The command as it was given, for beside its results."""
+    return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
 def start(name: str, define_flags: Callable[[], None], body: Callable[[], None]) -> None:

@@ -265,6 +265,8 @@ def pooled() -> config_dict.ConfigDict:
     settings.model.comparison = "direct"
     settings.model.head = "continuous"
     settings.data.rendering = "pooled"
+    # The first is what the evaluation during training uses.
+    settings.data.segment_seconds = (3.0, 10.0, 1.5, 6.0)
     settings.data.warp = 1.2
     settings.data.curve_share = 0.5
     settings.data.noise_share = 0.5

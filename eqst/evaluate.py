@@ -12,8 +12,6 @@ import functools
 import os
 import pathlib
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +33,7 @@ from eqst import (
     report,
 )
 from eqst.config import Data
-from eqst.files import check_target, write_json, write_text
+from eqst.files import result_folder, write_json, write_text
 from eqst.trials import Run, Trial, open_run, run_trial
 
 PROTOCOLS = ("plain", "coloured")
@@ -269,11 +267,9 @@ def main() -> None:
     """The command."""
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
-    output = pathlib.Path(options.output)
     if options.split not in ("dev", "valid"):
         raise ValueError(f"--split={options.split}: choose dev or valid")
-    output.mkdir(parents=True, exist_ok=True)
-    check_target(output / "results.json", overwrite=options.overwrite)
+    output = result_folder(options.output, "results.json", overwrite=options.overwrite)
     run = open_run(options.workdir)
     spec = run.config.evaluation
     if options.pairs:
@@ -291,7 +287,7 @@ def main() -> None:
         f"baselines tuned on {len(tuning.talker_R)} of {', '.join(tuned_on.sources)}"
     )
     results = {
-        "command": shlex.join(["python", "-m", "eqst.evaluate", *sys.argv[1:]]),
+        "command": command.line("eqst.evaluate"),
         "commit": run.commit,
         "step": run.step,
         "machine": machine(),

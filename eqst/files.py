@@ -59,6 +59,18 @@ def write_atomically(
     return result
 
 
+def result_folder(folder: str | os.PathLike[str], name: str, *, overwrite: bool) -> Path:
+    """A command's output folder, made if missing; refused early if its result is there already.
+
+    Raises:
+      AudioError: `name` is in it and `overwrite` is false.
+    """
+    made = Path(folder)
+    made.mkdir(parents=True, exist_ok=True)
+    check_target(made / name, overwrite=overwrite)
+    return made
+
+
 def check_target(path: str | os.PathLike, *, overwrite: bool) -> None:
     """Raises AudioError where `path` may not be written: before work starts, not after it."""
     target, name = Path(os.path.realpath(path)), repr(os.fspath(path))

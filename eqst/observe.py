@@ -32,20 +32,25 @@ def _powers(spec: Features, samples_T: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _summary(spec: Features, powers: tuple[jax.Array, ...], sample_rate: int) -> jax.Array:
+def _summary(
+    spec: Features, powers: tuple[jax.Array, ...], sample_rate: int, samples: int
+) -> jax.Array:
     if spec.kind == "pooled":
-        return pooled.levelled(pooled.pool(spec, pooled.band_power(spec, powers, sample_rate)))
+        stats_SM = pooled.pool(spec, pooled.band_power(spec, powers, sample_rate))
+        return pooled.with_seconds(pooled.levelled(stats_SM), samples / sample_rate)
     return features.levelled(spec, features.mel_power(spec, powers[0], sample_rate))
 
 
 def heard(config: Config, samples_T: jax.Array) -> jax.Array:
-    """Features of one recording as it is: [N, M] mel frames or [S, M] pooled statistics.
+    """Features of one recording as it is: [N, M] mel frames or [S + 1, M] pooled
+    statistics (the last row is the seconds they are of).
 
     Args:
       samples_T: [T] mono at `config.data.sample_rate`, any level, T >= the longest window.
     """
     spec = config.features
-    return _summary(spec, _powers(spec, samples_T), config.data.sample_rate)
+    powers = _powers(spec, samples_T)
+    return _summary(spec, powers, config.data.sample_rate, samples_T.shape[-1])
 
 
 def least_samples(config: Config) -> int:
@@ -85,19 +90,25 @@ def rendered(
                 peak = jnp.max(jnp.mean(power_NF, axis=0))
                 power_NF = power_NF + peak * 10.0 ** (side.noise_db(where_F)[None, :] / 10.0)
             powers.append(features.equalise_power(power_NF, params, rate))
-        return _summary(spec, tuple(powers), rate)
+        return _summary(spec, tuple(powers), rate, samples_T.shape[-1])
 
     colour, both = _equalisers(config, plan)
     return one(input_T, colour, change.input), one(reference_T, both, change.reference)
 
 
 def shifted(
-    config: Config, input_SM: jax.Array, reference_SM: jax.Array, plan: pairs.Plan
+    config: Config,
+    input_SM: jax.Array,
+    reference_SM: jax.Array,
+    plan: pairs.Plan,
+    *,
+    seconds: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Features of a pair from its segments' statistics without EQ, moved by the EQs' band gains.
 
     Args:
       input_SM, reference_SM: [S, M] from `pool_dry`.
+      seconds: the segments' length.
     """
     spec, rate, data = config.features, config.data.sample_rate, config.data
 
@@ -113,7 +124,7 @@ def shifted(
             stats_SM = pooled.add_power_db(stats_SM, noise_M[None, :])
         stats_SM = stats_SM + pooled.band_gain_db(spec, params, rate)[None, :]
         stats_SM = pooled.add_power_db(stats_SM, _mean_power_db(stats_SM) + spec.floor_db)
-        return pooled.levelled(stats_SM)
+        return pooled.with_seconds(pooled.levelled(stats_SM), seconds)
 
     colour, both = _equalisers(config, plan)
     return one(input_SM, colour, change.input), one(reference_SM, both, change.reference)
@@ -133,6 +144,6 @@ def bands(config: Config, samples_T: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def pool_dry(config: Config, long_NM: jax.Array, short_NM: jax.Array) -> jax.Array:
-    """[S, M] statistics of a dry segment for `shifted`: level kept, floored 20 dB lower."""
-    return pooled.pool(config.features, (long_NM, short_NM), extra_floor_db=-20.0)
+def pool_dry(config: Config, long_BNM: np.ndarray, short_BNM: np.ndarray) -> np.ndarray:
+    """[B, S, M] statistics of dry segments for `shifted`: level kept, floored 20 dB lower."""
+    return pooled.pool_rows(config.features, (long_BNM, short_BNM), extra_floor_db=-20.0)

@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 class Normalisation(NamedTuple):
     """Fixed affine map of the features, measured on train: (x - mean) / scale.
 
-    Each is [M] for mel frames, [S, M] for pooled statistics."""
+    Each is [M] for mel frames, [S + 1, M] for pooled statistics and seconds."""
 
     mean: jax.Array
     scale: jax.Array
@@ -102,6 +102,7 @@ class _Encoder(nnx.Module):
     def __call__(self, x_NM: jax.Array) -> jax.Array:
         x_NMC = x_NM[..., None].astype(self.dtype)
         for layer, stride in zip(self.layers, self.strides, strict=True):
+            assert layer.bias is not None  # nnx.Conv leaves it out only when told to
             kernel, bias = (x[...].astype(self.dtype) for x in (layer.kernel, layer.bias))
             x_NMC = jax.nn.leaky_relu(_strided_conv(x_NMC, kernel, stride) + bias[None, None])
         # [20, 128] in a row, channel after channel, as in the seed's figures.
@@ -157,9 +158,9 @@ class _Network(nnx.Module):
         if model.head == "grid":
             outputs = len(eq.KINDS) * sum(eq.grid_sizes(eq.table(config.eq_table)))
         self.comparison_kind = model.comparison
-        if model.comparison == "direct":
+        if model.comparison == "direct":  # of pooled statistics
             bands = len(pooled.centres_hz(spec, config.data.sample_rate))
-            fed = 2 * (2 + len(pooled.QUANTILES)) * bands
+            fed = 2 * (2 + len(pooled.QUANTILES)) * bands + 1
         else:
             fed = model.channels * spec.mel_bands
             self.encoder = _Encoder(config, rngs)
@@ -168,16 +169,29 @@ class _Network(nnx.Module):
         self.predictor = _Predictor(config, fed, outputs, rngs)
 
     def __call__(
-        self, input_XM: jax.Array, reference_XM: jax.Array, key: jax.Array | None
+        self,
+        input_XM: jax.Array,
+        reference_XM: jax.Array,
+        length: jax.Array | None,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, ...]:
-        if self.comparison_kind == "direct":
-            a_L, b_L = input_XM.reshape(-1), reference_XM.reshape(-1)
+        if length is not None:
+            a_L, b_L = input_XM[:-1].reshape(-1), reference_XM[:-1].reshape(-1)
             # A statistic far out (another gate, another floor) must not rule the rest.
             fed = CLIP * jnp.tanh(jnp.concatenate([b_L - a_L, (a_L + b_L) / 2]) / CLIP)
+            fed = jnp.concatenate([fed, length[None]])
         else:
             a_L, b_L = self.encoder(input_XM), self.encoder(reference_XM)
             fed = b_L - a_L if self.comparison_kind == "subtract" else self.comparison(a_L, b_L)
         return self.predictor(fed, key), a_L, b_L, fed
+
+
+def _length(config: Config, input_seconds: jax.Array, reference_seconds: jax.Array) -> jax.Array:
+    """[] How much evidence there is: octaves of the lengths' harmonic mean, 0 in the middle of what
+    training heard and held to it. (Variances of the two recordings' content add: 1/a + 1/b.)"""
+    low, high = min(config.data.segment_seconds), max(config.data.segment_seconds)
+    seconds = 2.0 / (1.0 / input_seconds + 1.0 / reference_seconds)
+    return jnp.log2(jnp.clip(seconds, low, high)) - 0.5 * np.log2(low * high)
 
 
 @functools.cache
@@ -227,14 +241,17 @@ def apply(
       config: static.
       params: from `init`.
       normalisation: of the features.
-      input_XM, reference_XM: features from `observe`: [N, M] frames (any number) or [S, M]
-        statistics.
+      input_XM, reference_XM: features from `observe`: [N, M] frames (any number) or [S + 1, M]
+        statistics and seconds.
       key: for dropout while training; None afterwards.
     """
     network = nnx.merge(_structure(config), params)
+    length = None
+    if config.features.kind == "pooled":
+        length = _length(config, input_XM[-1, 0], reference_XM[-1, 0])
     mean_XM, scale_XM = (jnp.atleast_2d(x) for x in normalisation)
     input_XM, reference_XM = ((x - mean_XM) / scale_XM for x in (input_XM, reference_XM))
-    outputs, a_L, b_L, fed = network(input_XM, reference_XM, key)
+    outputs, a_L, b_L, fed = network(input_XM, reference_XM, length, key)
     unit_KP, logits = _decode(config, outputs)
     return Prediction(unit_KP, logits, a_L, b_L, fed)
 

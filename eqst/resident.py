@@ -7,7 +7,6 @@ kept: each possible segment's statistics are measured once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -131,7 +130,6 @@ def _bank(
         bands = observe.bands(config, samples_T)
         return tuple(band_NM[:count] for band_NM, count in zip(bands, keep, strict=True))
 
-    pool = jax.jit(jax.vmap(functools.partial(observe.pool_dry, config)))
     bank: np.ndarray | None = None
     done, rows = 0, len(index.hop_V)
     for first, count, recording in zip(
@@ -143,17 +141,15 @@ def _bank(
         start_V = np.array([pairs.first_sample(int(hop), rate) for hop in hop_V])
         frame_V = np.minimum(np.round(start_V / hops[0]).astype(int), last)
         for begin in range(0, count, _ROWS):
-            # The last rows are filled up with the last one, so that one compilation serves all.
-            chosen = frame_V[np.minimum(np.arange(begin, begin + _ROWS), count - 1)]
+            chosen = frame_V[begin : begin + _ROWS]
             cut = [
                 np.stack([x[i * scale : i * scale + n] for i in chosen])
                 for x, n, scale in zip(frames, counts, (1, ratio), strict=True)
             ]
-            stats_BSM = np.asarray(pool(*cut), np.float16)
+            stats_BSM = observe.pool_dry(config, *cut).astype(np.float16)
             if bank is None:
                 bank = np.empty((rows, *stats_BSM.shape[1:]), np.float16)
-            begin_row, end_row = first + begin, min(first + begin + _ROWS, first + count)
-            bank[begin_row:end_row] = stats_BSM[: end_row - begin_row]
+            bank[first + begin : first + begin + len(stats_BSM)] = stats_BSM
         if (done + count) * 4 // rows > done * 4 // rows:
             progress(f"statistics of {seconds:g} s segments: {done + count} of {rows}")
         done += int(count)
@@ -201,7 +197,13 @@ def pair(
     )
     if data.rendering == "pooled":
         bank = resident.banks[length_index]
-        seen = observe.shifted(config, bank[plan.input_row], bank[plan.reference_row], plan)
+        seen = observe.shifted(
+            config,
+            bank[plan.input_row],
+            bank[plan.reference_row],
+            plan,
+            seconds=data.segment_seconds[length_index],
+        )
         return *seen, plan.label_KP
     context_seconds = data.context_seconds if data.rendering == "exact" else 0.0
     context = round(context_seconds * rate)

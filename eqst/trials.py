@@ -5,17 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from eqst import card, checkpoint, corpus, eq, pairs, predictor
+from eqst import batches, card, checkpoint, corpus, eq, predictor
 from eqst.config import Config, from_dict
 from eqst.evidence import Evidence, evidence, stack
-
-CHUNK = 8
 
 
 class Run(NamedTuple):
@@ -62,48 +59,6 @@ class Trial(NamedTuple):
     audio: list[tuple[np.ndarray, np.ndarray]]
 
 
-def rendered_chunks(
-    config: Config,
-    recordings: corpus.Corpus,
-    *,
-    seconds: float,
-    protocol: str,
-    count: int,
-    seed: int,
-    without_label: bool = False,
-) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, ...]]]:
-    """Pairs 0 .. count - 1 of this seed, recordings in turn, in chunks of `CHUNK`.
-
-    Yields:
-      the plans, and audio [CHUNK, T]: input, reference, and, if `without_label`, the reference
-      without the label's EQ.
-    """
-    data, rate = config.data, recordings.sample_rate
-    index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
-    draw = jax.jit(jax.vmap(lambda k: pairs.draw(seed, k, index, protocol=protocol, turn=True)))
-    render_one = functools.partial(
-        pairs.render,
-        table=eq.table(config.eq_table),
-        protocol=protocol,
-        sample_rate=rate,
-        context=round(data.context_seconds * rate),
-    )
-
-    @jax.jit
-    @jax.vmap
-    def render(input_T: jax.Array, reference_T: jax.Array, plan: pairs.Plan) -> tuple:
-        sounds = render_one(input_T, reference_T, plan)
-        if not without_label:
-            return sounds
-        flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
-        return *sounds, render_one(input_T, reference_T, flat)[1]
-
-    for begin in range(0, count, CHUNK):
-        plan = jax.tree.map(np.asarray, draw(np.arange(begin, begin + CHUNK)))
-        audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
-        yield plan, jax.tree.map(np.asarray, render(*audio, plan))
-
-
 def _listen(items: list[np.ndarray], sample_rate: int) -> list[Evidence]:
     """Evidence of several segments, on all cores (the FFTs leave Python's lock)."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -134,7 +89,7 @@ def run_trial(
     found: list[list[Evidence]] = [[], []] if ask_model else [[], [], []]
     answers, labels, talkers = [], [], []
     audio: list[tuple[np.ndarray, np.ndarray]] = []
-    for plan, sounds in rendered_chunks(
+    for plan, sounds in batches.rendered_chunks(
         run.config,
         recordings,
         seconds=seconds,

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from absl import flags
 
 from eqst import audio, biquad, command, eq, evaluate, match, metrics, render
 from eqst.evidence import band_hz, evidence
-from eqst.files import check_target, write_json, write_text
+from eqst.files import result_folder, write_json, write_text
 
 REFERENCE, OTHER = ("reference", "target"), ("estimated", "processed")
 KINDS = ("bands64", "third_octave")
@@ -149,12 +147,9 @@ def main() -> None:
     """The command."""
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
-    output = pathlib.Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    check_target(output / "triples.json", overwrite=options.overwrite)
+    output = result_folder(options.output, "triples.json", overwrite=options.overwrite)
     results = run(pathlib.Path(options.data), match.Matcher.load(options.workdir), say)
-    words = shlex.join(["python", "-m", "eqst.triples", *sys.argv[1:]])
-    results = {"command": words, "machine": evaluate.machine(), **results}
+    results = {"command": command.line("eqst.triples"), "machine": evaluate.machine(), **results}
     write_json(output / "triples.json", results)
     write_text(output / "triples.txt", table_text(results))
     say("\n" + table_text(results))

@@ -29,7 +29,7 @@ def run(configure):
     )
     params = predictor.init(made, jax.random.key(0))
     bands = params["predictor"]["enter"]["kernel"].shape[0] // 18
-    normalisation = predictor.Normalisation(np.zeros((9, bands)), 10.0 * np.ones((9, bands)))
+    normalisation = predictor.Normalisation(np.zeros((10, bands)), 10.0 * np.ones((10, bands)))
     return trials.Run(made, params, normalisation, 0, "none")
 
 

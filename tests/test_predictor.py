@@ -127,8 +127,8 @@ def test_vmap_is_the_loop(configure, comparison, head):
     params = network(config)
     if comparison == "direct":
         size = params["predictor"]["enter"]["kernel"].shape[0] // 2
-        norm = predictor.Normalisation(jnp.zeros((9, size // 9)), jnp.ones((9, size // 9)))
-        a, b = jax.random.normal(jax.random.key(5), (2, 3, 9, size // 9))
+        norm = predictor.Normalisation(jnp.zeros((10, size // 9)), jnp.ones((10, size // 9)))
+        a, b = jnp.abs(jax.random.normal(jax.random.key(5), (2, 3, 10, size // 9)))
     else:
         norm = unit_normalisation(config)
         a, b = (jnp.stack([frames(config, s + i) for i in range(3)]) for s in (0, 10))
@@ -146,6 +146,26 @@ def test_vmap_is_the_loop(configure, comparison, head):
             np.testing.assert_allclose(batched[i], alone, rtol=2e-4, atol=2e-5)
     spread = np.asarray(together.unit_KP).std(axis=0).max()
     assert spread > 1e-4  # the three pairs are not answered alike
+
+
+def test_the_pooled_network_hears_how_much_evidence_there_is(configure):
+    """Within the lengths of its training, and by the harmonic mean of the two recordings'."""
+    pooled_kind = {"features.kind": "pooled", "model.comparison": "direct"}
+    config = configure(
+        SMALL | pooled_kind | {"data.sample_rate": 16000, "data.segment_seconds": (3.0, 12.0)}
+    )
+    params = network(config)
+    bands = params["predictor"]["enter"]["kernel"].shape[0] // 18
+    norm = predictor.Normalisation(jnp.zeros((10, bands)), jnp.ones((10, bands)))
+
+    def length(input_seconds, reference_seconds):
+        a, b = (jnp.ones((10, bands)).at[-1].set(x) for x in (input_seconds, reference_seconds))
+        return float(predictor.apply(config, params, norm, a, b).fed[-1])
+
+    assert length(6.0, 6.0) == pytest.approx(0.0, abs=1e-6)
+    assert length(12.0, 4.0) == pytest.approx(0.0, abs=1e-6)  # 2 / (1/12 + 1/4) = 6
+    assert length(3.0, 3.0) == pytest.approx(-1.0) and length(1.0, 2.0) == pytest.approx(-1.0)
+    assert length(12.0, 12.0) == pytest.approx(1.0) and length(300.0, 90.0) == pytest.approx(1.0)
 
 
 def test_normalisation_is_applied(configure):
