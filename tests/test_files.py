@@ -6,7 +6,14 @@ import stat
 
 import pytest
 
-from eqst.files import AudioError, check_target, write_atomically, write_json, write_text
+from eqst.files import (
+    AudioError,
+    check_target,
+    result_folder,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 def listing(folder):
@@ -123,3 +130,12 @@ def test_the_file_has_the_permissions_of_an_ordinary_one(tmp_path):
     write_text(tmp_path / "a.txt", "x")
     mode = stat.S_IMODE(os.stat(tmp_path / "a.txt").st_mode)
     assert mode == stat.S_IMODE(os.stat(tmp_path / "plain.txt").st_mode)
+
+
+def test_a_result_folder_is_made_and_its_result_protected(tmp_path):
+    made = result_folder(tmp_path / "a" / "b", "results.json", overwrite=False)
+    assert made.is_dir()
+    (made / "results.json").write_text("{}")
+    with pytest.raises(AudioError, match="results.json"):
+        result_folder(made, "results.json", overwrite=False)
+    assert result_folder(made, "results.json", overwrite=True) == made
