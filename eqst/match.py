@@ -83,16 +83,17 @@ class Matcher:
         # Late imports: flax and a checkpoint reader are not needed to apply settings or to fail.
         import jax
 
-        from eqst import card, checkpoint, config, predictor
+        from eqst import card, checkpoint, config, observe, predictor
 
         loaded = card.load_weights() if workdir is None else checkpoint.load(workdir)
         trained = config.from_dict(loaded.card["config"])
         network = loaded.params["network"]
         normalisation = predictor.Normalisation(**loaded.params["normalisation"])
-        run = jax.jit(predictor.predict_audio, static_argnums=0)
+        run = jax.jit(predictor.predict_heard, static_argnums=0)
 
         def predict_unit(input_T: np.ndarray, reference_T: np.ndarray) -> eq.EqParams:
-            return run(trained, network, normalisation, input_T, reference_T)
+            input_XM, reference_XM = (observe.listen(trained, x) for x in (input_T, reference_T))
+            return run(trained, network, normalisation, input_XM, reference_XM)
 
         return cls(
             predict_unit,

@@ -1,11 +1,14 @@
 """What the network sees of a pair, for each way of rendering the EQ.
 
-`heard` starts from finished audio (host and exact rendering, evaluation, matching); `rendered`
-from dry audio, with the EQ put on the STFT power; `shifted` from pooled statistics made once.
-One pair each; vmapped at the edge.
+`heard` starts from finished audio (host and exact rendering, evaluation), and so does `listen`, for
+one recording of any length (matching); `rendered` from dry audio, with the EQ on the STFT power;
+`shifted` from pooled statistics made once. One pair each; vmapped at the edge.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +54,62 @@ def heard(config: Config, samples_T: jax.Array) -> jax.Array:
     spec = config.features
     powers = _powers(spec, samples_T)
     return _summary(spec, powers, config.data.sample_rate, samples_T.shape[-1])
+
+
+# Long frames that `band_powers` measures at a time: one compilation serves any length.
+_FRAMES = 64
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block_bands(config: Config, samples_T: jax.Array) -> tuple[jax.Array, ...]:
+    """Band powers of one block, as many short frames as belong to its long ones."""
+    (long, short), spec = pooled.windows(config.features), config.features
+    bands = pooled.band_power(spec, _powers(spec, samples_T), config.data.sample_rate)
+    # The short window has more frames than the block is asked for at its end; they come next time.
+    keep = (_FRAMES, _FRAMES * long // short)
+    return tuple(band_NM[:count] for band_NM, count in zip(bands, keep, strict=True))
+
+
+def band_powers(
+    config: Config, segment: Callable[[int, int], np.ndarray], length: int
+) -> tuple[np.ndarray, ...]:
+    """Band powers over time of dry audio of any length, measured block by block.
+
+    Args:
+      segment: (start, count) -> [count] mono samples, zeros past the end.
+      length: of the recording in samples.
+
+    Returns:
+      [N, M] for the long and for the short window, whole frames only.
+    """
+    spec = config.features
+    (long, short), (long_hop, short_hop) = pooled.windows(spec), hops(spec)
+    step = _FRAMES * long_hop
+    parts = [
+        _block_bands(config, segment(start, step + long - long_hop))
+        for start in range(0, max(length - short, 0) + 1, step)
+    ]
+    return tuple(
+        np.concatenate([np.asarray(x) for x in column])[: features.frame_count(length, window, hop)]
+        for column, window, hop in zip(
+            zip(*parts, strict=True), (long, short), (long_hop, short_hop), strict=True
+        )
+    )
+
+
+def listen(config: Config, samples_T: np.ndarray) -> np.ndarray:
+    """`heard` of one recording on the host: pooled statistics without a compilation per length."""
+    if config.features.kind != "pooled":
+        return np.asarray(jax.jit(heard, static_argnums=0)(config, samples_T))
+
+    def segment(start: int, count: int) -> np.ndarray:
+        part_T = samples_T[start : start + count]
+        return np.pad(part_T, (0, count - len(part_T))).astype(np.float32, copy=False)
+
+    powers = band_powers(config, segment, len(samples_T))
+    stats_SM = pooled.pool_rows(config.features, tuple(x[None] for x in powers))[0]
+    seconds_1M = np.full((1, stats_SM.shape[-1]), len(samples_T) / config.data.sample_rate)
+    return np.concatenate([pooled.levelled(stats_SM), seconds_1M], dtype=np.float32)
 
 
 def least_samples(config: Config) -> int:
@@ -135,13 +194,6 @@ def _mean_power_db(stats_SM: jax.Array) -> jax.Array:
     bands = stats_SM.shape[-1]
     total = jax.nn.logsumexp(stats_SM[0] * (jnp.log(10.0) / 10.0))
     return (total - jnp.log(1.0 * bands)) * (10.0 / jnp.log(10.0))
-
-
-def bands(config: Config, samples_T: jax.Array) -> tuple[jax.Array, ...]:
-    """Band powers over time of dry audio for `pool_dry`: [N, M] for the long and short window."""
-    return pooled.band_power(
-        config.features, _powers(config.features, samples_T), config.data.sample_rate
-    )
 
 
 def pool_dry(config: Config, long_BNM: np.ndarray, short_BNM: np.ndarray) -> np.ndarray:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eqst import biquad, config, eq
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 LOW_HZ = 34.0
@@ -140,9 +143,9 @@ def with_seconds(stats_SM: jax.Array, seconds: float) -> jax.Array:
     return jnp.concatenate([stats_SM, jnp.full((1, stats_SM.shape[-1]), seconds, jnp.float32)])
 
 
-def levelled(stats_SM: jax.Array) -> jax.Array:
+def levelled(stats_SM: Array) -> Array:
     """The statistics with the mean over bands of the mean power removed: no level is left."""
-    return stats_SM - jnp.mean(stats_SM[0])
+    return stats_SM - stats_SM[0].mean()
 
 
 def band_gain_db(features: config.Features, params: eq.EqParams, sample_rate: int) -> jax.Array:

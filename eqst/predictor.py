@@ -256,6 +256,18 @@ def apply(
     return Prediction(unit_KP, logits, a_L, b_L, fed)
 
 
+def predict_heard(
+    config: Config,
+    params: Params,
+    normalisation: Normalisation,
+    input_XM: jax.Array,
+    reference_XM: jax.Array,
+) -> eq.EqParams:
+    """Settings for the features of two recordings; arguments as in `apply`."""
+    prediction = apply(config, params, normalisation, input_XM, reference_XM)
+    return eq.from_unit(eq.table(config.eq_table), prediction.unit_KP)
+
+
 def predict_audio(
     config: Config,
     params: Params,
@@ -265,5 +277,4 @@ def predict_audio(
 ) -> eq.EqParams:
     """Settings for two mono recordings at the model's rate, of any length and level."""
     input_XM, reference_XM = observe.heard(config, input_T), observe.heard(config, reference_T)
-    prediction = apply(config, params, normalisation, input_XM, reference_XM)
-    return eq.from_unit(eq.table(config.eq_table), prediction.unit_KP)
+    return predict_heard(config, params, normalisation, input_XM, reference_XM)

@@ -7,6 +7,7 @@ kept: each possible segment's statistics are measured once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,25 +86,8 @@ def load(
     )
 
 
-# Long frames whose band powers are measured at a time, and rows whose statistics are.
-_FRAMES, _ROWS = 64, 64
-
-
-def _band_powers(config: Config, corpus: Corpus, recording: int, measure: Callable) -> list:
-    """Band powers of a whole recording, for the long and the short window: [N, M] each."""
-    spec, length = config.features, int(corpus.length_R[recording])
-    (long, short), hops = pooled.windows(spec), observe.hops(spec)
-    step = _FRAMES * hops[0]
-    parts = [
-        measure(corpus.segment(recording, start, step + long - hops[0]))
-        for start in range(0, max(length - short, 0) + 1, step)
-    ]
-    return [
-        np.concatenate([np.asarray(part[i]) for part in parts])[
-            : features.frame_count(length, window, hops[i])
-        ]
-        for i, window in enumerate((long, short))
-    ]
+# Rows whose statistics are made at a time.
+_ROWS = 64
 
 
 def _bank(
@@ -122,20 +106,13 @@ def _bank(
     windows, hops = pooled.windows(spec), observe.hops(spec)
     counts = [features.frame_count(length, w, hop) for w, hop in zip(windows, hops, strict=True)]
     ratio = hops[0] // hops[1]
-    # The short window has more frames than the block is asked for at its end; they come next time.
-    keep = (_FRAMES, _FRAMES * ratio)
-
-    @jax.jit
-    def measure(samples_T: jax.Array) -> tuple[jax.Array, ...]:
-        bands = observe.bands(config, samples_T)
-        return tuple(band_NM[:count] for band_NM, count in zip(bands, keep, strict=True))
-
     bank: np.ndarray | None = None
     done, rows = 0, len(index.hop_V)
     for first, count, recording in zip(
         index.first_R, index.count_R, index.recording_R, strict=True
     ):
-        frames = _band_powers(config, corpus, int(recording), measure)
+        segment = functools.partial(corpus.segment, int(recording))
+        frames = observe.band_powers(config, segment, int(corpus.length_R[recording]))
         last = max(min(len(frames[0]) - counts[0], (len(frames[1]) - counts[1]) // ratio), 0)
         hop_V = index.hop_V[first : first + count]
         start_V = np.array([pairs.first_sample(int(hop), rate) for hop in hop_V])

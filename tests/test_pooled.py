@@ -103,8 +103,20 @@ def plan_of(label_KP, augment_A=None):
 
 def dry(config, samples_T):
     """[S, M] statistics without EQ, as the bank has them."""
-    bands = jax.jit(lambda x: observe.bands(config, x))(samples_T)
+    powers = (features.stft_power(jnp.asarray(samples_T), w, w // 2) for w in (8192, 2048))
+    bands = pooled.band_power(SPEC, tuple(powers), RATE)
     return observe.pool_dry(config, *(np.asarray(x)[None] for x in bands))[0]
+
+
+@pytest.mark.parametrize("samples", [8192, 20_000, 64 * 4096 + 4095, 64 * 4096 + 4096, 600_001])
+def test_listening_in_blocks_is_hearing_at_once(config, samples):
+    """Lengths round one block of 64 long hops and its 4096-sample overlap, whole hops or not."""
+    noise_T = np.random.default_rng(9).standard_normal(samples).astype(np.float32)
+    noise_T *= np.linspace(0.01, 0.3, samples, dtype=np.float32)
+    heard = jax.jit(lambda x: observe.heard(config, x))(noise_T)
+    listened = observe.listen(config, noise_T)
+    assert listened.dtype == np.float32
+    np.testing.assert_allclose(listened, heard, atol=2e-3)
 
 
 @pytest.mark.parametrize("frames", [(1, 2), (3, 7), (31, 126)])

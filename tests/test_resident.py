@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqst import eq, features, observe, pairs, resident
+from eqst import eq, features, observe, pairs, pooled, resident
 
 RATE = 16000
 SETTINGS = {
@@ -135,13 +135,19 @@ def test_device_rendering_errs_little_above_300_hz(configure, corpus_of):
     assert np.sqrt(np.mean(error_db[:, above] ** 2)) < 0.1
 
 
+def bands_of(config, samples_T):
+    """Band powers of a segment from its own STFTs."""
+    powers = [features.stft_power(samples_T, *x) for x in ((2048, 1024), (512, 256))]
+    return pooled.band_power(config.features, tuple(powers), RATE)
+
+
 def test_pooled_bank_is_the_statistics_of_its_rows(configure, little):
     config = configure(SETTINGS | POOLED | {"data.rendering": "pooled"})
     held = loaded(config, little)
     assert held.samples_T.size == 0 and len(held.banks) == 2
     index = held.indices[0]
     assert held.banks[0].shape[0] == len(index.hop_V) and held.banks[0].dtype == np.float16
-    bands = jax.jit(lambda x: observe.bands(config, x))
+    bands = functools.partial(bands_of, config)
     long_hop = observe.hops(config.features)[0]
     owner_V = np.repeat(index.recording_R, index.count_R)
     last_of_first = int(index.count_R[0]) - 1
