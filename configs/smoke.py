@@ -11,6 +11,6 @@ def get_config():
     settings = config.pooled()
     settings.train.steps = 6000
     settings.evaluation.seconds = (3.0, 10.0)
-    settings.evaluation.pairs = 200
-    settings.evaluation.tune_pairs = 400
+    settings.evaluation.pairs = 128
+    settings.evaluation.tune_pairs = 320
     return settings

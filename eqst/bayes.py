@@ -50,12 +50,12 @@ class Plan(NamedTuple):
     """How long to sample: independent runs, walkers of a pair in each, then blocks of `stride`
     moves for annealing, settling and collecting; one state per collecting block is kept."""
 
-    runs: int = 4
+    runs: int = 6
     walkers: int = 32
     stride: int = 8
     stages: int = 12
     settle: int = 4
-    kept: int = 16
+    kept: int = 32
 
 
 PLAN = Plan()
