@@ -272,10 +272,12 @@ def as_samples(samples: Any, sample_rate: int, name: str = "audio") -> np.ndarra
       [T, C], float64 for float64 input, else float32. A view where possible.
 
     Raises:
-      AudioError: wrong rank, integers, no samples, more channels than samples, a rate out of
-        bounds, NaN or infinity.
+      AudioError: wrong rank, integers, no samples, more channels than samples, a rate that is
+        no whole number or out of bounds, NaN or infinity.
     """
     array = np.asarray(samples)
+    if not isinstance(sample_rate, (int, np.integer)):
+        raise AudioError(f"{name}: sample rate {sample_rate!r}: give a whole number of Hz")
     if not SAMPLE_RATE_LOW <= sample_rate <= SAMPLE_RATE_HIGH:
         raise AudioError(
             f"{name}: sample rate {sample_rate} Hz is outside {SAMPLE_RATE_LOW} .. "

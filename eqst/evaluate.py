@@ -1,7 +1,7 @@
 """Held-out error beside the baselines: `python -m eqst.evaluate --workdir=DIR --output=DIR`.
 
 Fixed, seeded pairs of talkers that were not trained on, for each protocol and length, on audio
-filtered exactly (design section 5). Every method gets the same pairs. Writes results.json,
+filtered exactly. Every method gets the same pairs. Writes results.json,
 table.txt and error_seconds.png.
 """
 
@@ -26,13 +26,14 @@ from eqst import (
     command,
     corpus,
     eq,
+    linear,
     metrics,
     observe,
     pairs,
     predictor,
     report,
 )
-from eqst.config import Data
+from eqst.config import Data, as_dict, from_dict
 from eqst.files import result_folder, write_json, write_text
 from eqst.trials import Run, Trial, open_run, run_trial
 
@@ -249,6 +250,15 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, JAX on {devices}"
 
 
+def _seconds(words: list[str]) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in words)
+    except ValueError:
+        raise ValueError(
+            f"--seconds={','.join(words)}: give numbers, as in --seconds=3,10"
+        ) from None
+
+
 def define_flags() -> None:
     """The command's flags; called by its main alone, so that importing this module adds none."""
     flags.DEFINE_string("workdir", None, "Folder of a trained run.")
@@ -275,17 +285,21 @@ def main() -> None:
     if options.pairs:
         spec = dataclasses.replace(spec, pairs=options.pairs)
     if options.seconds:
-        spec = dataclasses.replace(spec, seconds=tuple(float(x) for x in options.seconds))
-    run = run._replace(config=dataclasses.replace(run.config, evaluation=spec))
+        spec = dataclasses.replace(spec, seconds=_seconds(options.seconds))
+    changed = dataclasses.replace(run.config, evaluation=spec)
+    run = run._replace(config=from_dict(as_dict(changed)))
     data, split = select(run, options.data, options.manifest, options.split)
     held_out = corpus.open_corpus(data, split, say)
     # Of a folder without a manifest every talker is held out: then tune on the run's own.
     tuned_on = data if (data.manifest or not options.data) else run.config.data
     tuning = corpus.open_corpus(tuned_on, "train", say)
-    say(
-        f"{len(held_out.talker_R)} held-out recordings, {held_out.seconds() / 60:.1f} min; "
-        f"baselines tuned on {len(tuning.talker_R)} of {', '.join(tuned_on.sources)}"
-    )
+    talkers = len(set(tuning.talker_R))
+    with_baselines = options.baselines and talkers >= linear.FOLDS
+    say(f"{len(held_out.talker_R)} held-out recordings, {held_out.seconds() / 60:.1f} min")
+    if with_baselines:
+        say(f"baselines tuned on {talkers} talkers of {', '.join(tuned_on.sources)}")
+    elif options.baselines:
+        say(f"no baselines: they are tuned on {linear.FOLDS} talkers or more, here are {talkers}")
     results = {
         "command": command.line("eqst.evaluate"),
         "commit": run.commit,
@@ -295,8 +309,13 @@ def main() -> None:
         "split": split,
         "talkers": list(held_out.talker_R),
         "baselines_tuned_on": list(tuned_on.sources),
-        **evaluate(run, held_out, tuning, with_baselines=options.baselines, say=say),
+        **evaluate(run, held_out, tuning, with_baselines=with_baselines, say=say),
     }
+    if not any(results["figures"].values()):
+        lengths = ", ".join(f"{x:g}" for x in spec.seconds)
+        raise ValueError(
+            f"no pair of {lengths} s can be made of these recordings: shorten --seconds"
+        )
     write_json(output / "results.json", results)
     text = report.table_text(results)
     write_text(output / "table.txt", text)

@@ -81,7 +81,9 @@ def check_target(path: str | os.PathLike, *, overwrite: bool) -> None:
     if target.exists() and not target.is_file():
         raise AudioError(f"{name} is not a regular file: name a file to write")
     if target.exists() and not overwrite:
-        raise AudioError(f"{name} exists already: choose another name or allow overwriting")
+        raise AudioError(
+            f"{name} exists already: choose another name or allow overwriting (--overwrite)"
+        )
 
 
 def write_json(path: str | os.PathLike, content: Any, *, overwrite: bool = True) -> None:

@@ -169,7 +169,8 @@ class Matcher:
                 )
         if reference.sample_rate < min(rate, self._model_rate):
             yield (
-                f"the reference ends at {reference.sample_rate / 2:.0f} Hz: the EQ above is a guess"
+                f"the reference ends at {reference.sample_rate / 2:.0f} Hz: what the EQ does above "
+                "that frequency is a guess"
             )
         for recording in (input, reference):
             if recording.frames > analysis.MAX_SECONDS * recording.sample_rate:

@@ -207,7 +207,7 @@ def output_format(source: AudioInfo, output: str | os.PathLike, clip: str) -> tu
     if not found and clip == "float":
         raise AudioError(
             f"{os.fspath(output)!r}: {container} has no float samples: name a .wav output, or "
-            "let the file be attenuated (clip policy preamp)"
+            "let the file be attenuated (--clip=preamp)"
         )
     if not found:  # lossy containers, from anything else
         found = [name for name in _LOSSY if name in available] or ["PCM_16"]

@@ -192,6 +192,11 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def stop_early(self) -> None:
+        """Between the steps of the start: leaves, with nothing new to save."""
+        if self.received:
+            raise Interrupted(f"{self.received}: stopped before training; the same command goes on")
+
     def _remember(self, number: int, _: object) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -254,6 +259,7 @@ def _run(
         f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min; "
         f"{devices.size} {devices.devices.flat[0].platform} device(s)"
     )
+    signals.stop_early()
     supply = batches.make_source(config, recordings, devices, say)
     if resumed is None:
         normalisation = batches.measure_normalisation(config, supply)
@@ -263,6 +269,7 @@ def _run(
         checkpoint.write_card(workdir, card)
         state, normalisation = make_state(), jax.device_put(normalisation, rules.params)
         saved.save(0, _saved_tree(state, normalisation))
+    signals.stop_early()
     choosing = corpus.open_corpus(config.data, "valid", say)
     held_out = not set(choosing.talker_R) & set(recordings.talker_R)
     valid = batches.valid_pairs(config, choosing)
@@ -286,7 +293,8 @@ def _run(
     stream = supply.stream(int(state.step))
     pending: list[tuple[int, objective.Terms]] = []
     waited, since, done_since = 0.0, time.monotonic(), 0
-    began, first_step = time.monotonic(), int(state.step)
+    start_step = int(state.step)
+    began, first_step = time.monotonic(), start_step
     for step in range(int(state.step), config.train.steps):
         before = time.monotonic()
         batch = next(stream)
@@ -305,7 +313,7 @@ def _run(
             means = jax.tree.map(lambda *x: float(np.mean(x)), *(terms for _, terms in pending))
             now = time.monotonic()
             rate = done_since * config.train.batch_size / (now - since)
-            left = (config.train.steps - done) * (now - began) / (done - first_step)
+            left = (config.train.steps - done) * (now - began) / max(done - first_step, 1)
             share = waited / (now - since)
             values = {**means._asdict(), "learning_rate": float(learning_rate(config)(step))}
             record.write(done, {**values, "pairs_per_s": rate, "input_wait": share})
@@ -315,6 +323,8 @@ def _run(
                 f"left {_clock(left)}"
             )
             pending, waited, since, done_since = [], 0.0, now, 0
+            if first_step == start_step:  # compilation is no measure of the time left
+                began, first_step = now, done
         if done % config.train.eval_every == 0 or last:
             _check_finite(step, terms)
             error = float(evaluate(state.ema, normalisation, valid))
@@ -323,6 +333,8 @@ def _run(
             saved.save_best(done, _saved_tree(state, normalisation)["params"], error)
         if done % config.train.checkpoint_every == 0 or last or signals.received:
             _check_finite(step, terms)
+            if not all_finite(state.params):
+                raise FloatingPointError(_diverged("a parameter is not finite", step))
             saved.save(done, _saved_tree(state, normalisation))
         if signals.received and not last:
             raise Interrupted(f"{signals.received}: saved at step {done}; the same command resumes")
@@ -362,10 +374,22 @@ def _restore(
 def _check_finite(step: int, terms: objective.Terms) -> None:
     loss = float(terms.loss)
     if not np.isfinite(loss):
-        raise FloatingPointError(
-            f"loss is {loss} at step {step}; the last checkpoint is from before it; "
-            "lower train.learning_rate or train.clip_norm"
-        )
+        raise FloatingPointError(_diverged(f"loss is {loss}", step))
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} at step {step}; the last checkpoint is from before it; lower train.learning_rate "
+        "or train.clip_norm and take another --workdir (--config.train.init_from=THIS_ONE starts "
+        "from its best weights)"
+    )
+
+
+@jax.jit
+def all_finite(params: predictor.Params) -> jax.Array:
+    """[] whether every number of a tree is finite."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+    return jnp.all(jnp.stack(leaves))
 
 
 def define_flags() -> None:

@@ -48,7 +48,7 @@ results=$workdir/results
 pair=$workdir/pair
 
 heading "1/4 environment"
-make_environment data report
+make_environment report
 
 # The commands, each with what it is made from. Everything this script runs stands here.
 
@@ -86,9 +86,10 @@ from eqst import synthetic
 pair, data = pathlib.Path(sys.argv[1]), sys.argv[2]
 pair.mkdir(parents=True, exist_ok=True)
 endings = {f".{name.lower()}" for name in soundfile.available_formats()}
-found = sorted(path for path in pathlib.Path(data).rglob("*") if path.suffix.lower() in endings)
+files = pathlib.Path(data).rglob("*") if data else ()
+found = sorted(path for path in files if path.suffix.lower() in endings)
 names = ("input", "reference")
-if data and len(found) > 1:
+if len(found) > 1:
     for name, path in zip(names, (found[0], found[-1]), strict=True):
         samples, rate = soundfile.read(path, always_2d=True)
         soundfile.write(pair / f"{name}.wav", samples[: 20 * rate], rate)

@@ -108,3 +108,30 @@ def test_a_folder_trained_on_is_used_by_its_split_and_another_one_whole(run, tmp
     new, split = evaluate.select(trained, str(tmp_path / "other"), "", "dev")
     assert split == "all" and new.manifest == ""
     assert evaluate.select(trained, "", "", "dev") == (data, "dev")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--pairs=-5", "evaluation.pairs is -5"),
+        ("--seconds=-3", "evaluation.seconds is -3"),
+        ("--seconds=three", "--seconds=three: give numbers"),
+        ("--split=train", "choose dev or valid"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_any_work(option, said, run, tmp_path, monkeypatch):
+    from absl import flags
+
+    values = flags.FlagValues()
+    monkeypatch.setattr(evaluate.flags, "FLAGS", values)
+    for name in ("workdir", "output", "data", "manifest", "split"):
+        flags.DEFINE_string(name, "dev" if name == "split" else "", "", flag_values=values)
+    flags.DEFINE_integer("pairs", 0, "", flag_values=values)
+    flags.DEFINE_list("seconds", [], "", flag_values=values)
+    flags.DEFINE_bool("baselines", True, "", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "", flag_values=values)
+    values(["evaluate", f"--output={tmp_path / 'out'}", option])
+    monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+    with pytest.raises(ValueError, match=said):
+        evaluate.main()
+    assert not list(tmp_path.glob("out/*"))

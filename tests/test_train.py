@@ -312,3 +312,11 @@ def test_a_wrong_setting_is_one_line(words, said, tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_that_is_not_finite_is_seen():
+    tree = {"a": {"b": np.ones(3, np.float32)}, "c": np.zeros((2, 2), np.float32)}
+    assert bool(train.all_finite(tree))
+    for bad in (np.nan, np.inf):
+        tree["c"][1, 0] = bad
+        assert not bool(train.all_finite(tree))
