@@ -293,13 +293,13 @@ def _run(
     stream = supply.stream(int(state.step))
     pending: list[tuple[int, objective.Terms]] = []
     waited, since, done_since = 0.0, time.monotonic(), 0
-    start_step = int(state.step)
+    start_step, lengths = int(state.step), len(config.data.segment_seconds)
     began, first_step = time.monotonic(), start_step
     for step in range(int(state.step), config.train.steps):
         before = time.monotonic()
         batch = next(stream)
         waited += time.monotonic() - before
-        which = step % len(config.data.segment_seconds)
+        which = step % lengths
         state, terms = step_once(state, normalisation, batch, supply.constants, which)
         # The step before is read while this one runs.
         if pending:
@@ -307,6 +307,9 @@ def _run(
         pending.append((step, terms))
         done = step + 1
         done_since += 1
+        if done == start_step + lengths:  # compilation is no measure of the time left
+            jax.block_until_ready(state)
+            began, first_step = time.monotonic(), done
         last = done == config.train.steps
         if done % config.train.log_every == 0 or last:
             _check_finite(step, terms)
@@ -323,8 +326,6 @@ def _run(
                 f"left {_clock(left)}"
             )
             pending, waited, since, done_since = [], 0.0, now, 0
-            if first_step == start_step:  # compilation is no measure of the time left
-                began, first_step = now, done
         if done % config.train.eval_every == 0 or last:
             _check_finite(step, terms)
             error = float(evaluate(state.ema, normalisation, valid))
