@@ -243,15 +243,18 @@ def default() -> config_dict.ConfigDict:
     return _to_config_dict(Config())
 
 
-def paper() -> config_dict.ConfigDict:
-    """What the paper's three variants share on top of the defaults; their files start from these.
-
-    Augmentation, because data is the limit (design section 5), and one budget for all three.
-    """
+def _augmented() -> config_dict.ConfigDict:
+    """The defaults with the augmentation that all models share: data is the limit (section 5)."""
     settings = default()
     settings.data.warp = 1.2
     settings.data.curve_share = 0.5
     settings.data.noise_share = 0.5
+    return settings
+
+
+def paper() -> config_dict.ConfigDict:
+    """What the paper's variants share: augmentation and one budget; their files start here."""
+    settings = _augmented()
     settings.train.batch_size = 32
     settings.train.steps = 4000
     settings.train.ema_decay = 0.995
@@ -259,17 +262,14 @@ def paper() -> config_dict.ConfigDict:
 
 
 def pooled() -> config_dict.ConfigDict:
-    """The settings of our own model on top of the defaults; its config files start from these."""
-    settings = default()
+    """The settings of our own model; its config files start from these."""
+    settings = _augmented()
     settings.features.kind = "pooled"
     settings.model.comparison = "direct"
     settings.model.head = "continuous"
     settings.data.rendering = "pooled"
     # The first is what the evaluation during training uses.
     settings.data.segment_seconds = (3.0, 10.0, 1.5, 6.0)
-    settings.data.warp = 1.2
-    settings.data.curve_share = 0.5
-    settings.data.noise_share = 0.5
     settings.data.one_sided_noise_share = 0.35
     settings.data.gate_share = 0.25
     settings.loss.parameters = 0.24

@@ -83,12 +83,10 @@ class Matcher:
         # Late imports: flax and a checkpoint reader are not needed to apply settings or to fail.
         import jax
 
-        from eqst import card, checkpoint, config, observe, predictor
+        from eqst import card, checkpoint, observe, predictor, trials
 
         loaded = card.load_weights() if workdir is None else checkpoint.load(workdir)
-        trained = config.from_dict(loaded.card["config"])
-        network = loaded.params["network"]
-        normalisation = predictor.Normalisation(**loaded.params["normalisation"])
+        trained, network, normalisation, *_ = trials.from_loaded(loaded)
         run = jax.jit(predictor.predict_heard, static_argnums=0)
 
         def predict_unit(input_T: np.ndarray, reference_T: np.ndarray) -> eq.EqParams:

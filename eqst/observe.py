@@ -107,9 +107,8 @@ def listen(config: Config, samples_T: np.ndarray) -> np.ndarray:
         return np.pad(part_T, (0, count - len(part_T))).astype(np.float32, copy=False)
 
     powers = band_powers(config, segment, len(samples_T))
-    stats_SM = pooled.pool_rows(config.features, tuple(x[None] for x in powers))[0]
-    seconds_1M = np.full((1, stats_SM.shape[-1]), len(samples_T) / config.data.sample_rate)
-    return np.concatenate([pooled.levelled(stats_SM), seconds_1M], dtype=np.float32)
+    stats_SM = pooled.levelled(pooled.pool(config.features, powers))
+    return pooled.with_seconds(stats_SM, len(samples_T) / config.data.sample_rate)
 
 
 def least_samples(config: Config) -> int:
@@ -198,4 +197,4 @@ def _mean_power_db(stats_SM: jax.Array) -> jax.Array:
 
 def pool_dry(config: Config, long_BNM: np.ndarray, short_BNM: np.ndarray) -> np.ndarray:
     """[B, S, M] statistics of dry segments for `shifted`: level kept, floored 20 dB lower."""
-    return pooled.pool_rows(config.features, (long_BNM, short_BNM), extra_floor_db=-20.0)
+    return pooled.pool(config.features, (long_BNM, short_BNM), extra_floor_db=-20.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -81,66 +81,52 @@ def band_power(
 
 
 def pool(
-    features: config.Features, bands: tuple[jax.Array, ...], *, extra_floor_db: float = 0.0
-) -> jax.Array:
+    features: config.Features, bands: tuple[Array, ...], *, extra_floor_db: float = 0.0
+) -> Array:
     """Statistics in dB from band powers over time, floored relative to the mean power.
 
+    JAX arrays stay in JAX; of numpy's the statistics are made on the host, whose sort is some fifty
+    times faster than XLA's on a CPU.
+
     Args:
-      bands: from `band_power`.
+      bands: [..., N, M] for the long and the short window, from `band_power`.
       extra_floor_db: added to the floor of the config, for statistics that will be moved later.
 
     Returns:
-      [S, M] float32.
+      [..., S, M] float32.
     """
-    mean_M = jnp.concatenate([jnp.mean(x, axis=0) for x in bands])
+    xp = _module(bands[0])
+    mean_M = xp.concatenate([x.mean(axis=-2) for x in bands], axis=-1)
     floor_db = features.floor_db + extra_floor_db
-    floor = jnp.mean(mean_M) * 10.0 ** (floor_db / 10.0) + 1e-30
-    columns = []
+    floor = (mean_M.mean(axis=-1) * 10.0 ** (floor_db / 10.0) + 1e-30)[..., None]
+    columns: list[Any] = []
     for band_NM in bands:
-        level_NM = 10.0 * jnp.log10(band_NM + floor)
-        mean_power_M = 10.0 * jnp.log10(jnp.mean(band_NM, axis=0) + floor)
-        quantile_QM = jnp.quantile(level_NM, jnp.asarray(QUANTILES, jnp.float32), axis=0)
-        columns.append(
-            jnp.concatenate([mean_power_M[None], jnp.mean(level_NM, axis=0)[None], quantile_QM])
-        )
-    return jnp.concatenate(columns, axis=-1)
+        level_NM = 10.0 * xp.log10(xp.sort(band_NM, axis=-2) + floor[..., None, :])
+        mean_power_M = 10.0 * xp.log10(band_NM.mean(axis=-2) + floor)
+        quantile_QM = _between(level_NM, np.array(QUANTILES))
+        rows: list[Any] = [x[..., None, :] for x in (mean_power_M, level_NM.mean(axis=-2))]
+        columns.append(xp.concatenate([*rows, quantile_QM], axis=-2))
+    return xp.concatenate(columns, axis=-1)
 
 
-def pool_rows(
-    features: config.Features, bands: tuple[np.ndarray, ...], *, extra_floor_db: float = 0.0
-) -> np.ndarray:
-    """`pool` of many segments on the host, in numpy, whose sort is some fifty times XLA's on a CPU.
-
-    Args:
-      bands: [B, N, M] float32 for the long and the short window.
-
-    Returns:
-      [B, S, M] float32.
-    """
-    mean_BM = np.concatenate([np.mean(x, axis=1) for x in bands], axis=-1)
-    floor_db = features.floor_db + extra_floor_db
-    floor_B = np.mean(mean_BM, axis=-1) * np.float32(10.0 ** (floor_db / 10.0)) + np.float32(1e-30)
-    columns = []
-    for band_BNM in bands:
-        power_BNM = np.sort(band_BNM, axis=1) + floor_B[:, None, None]
-        level_BNM = np.float32(10.0) * np.log10(power_BNM)
-        mean_power_BM = np.float32(10.0) * np.log10(np.mean(power_BNM, axis=1))
-        position_Q = np.array(QUANTILES, np.float32) * np.float32(level_BNM.shape[1] - 1)
-        left_Q = np.minimum(position_Q.astype(int), max(level_BNM.shape[1] - 2, 0))
-        share_Q = (position_Q - left_Q).astype(np.float32)[None, :, None]
-        right_Q = np.minimum(left_Q + 1, level_BNM.shape[1] - 1)
-        quantile_BQM = level_BNM[:, left_Q] * (1 - share_Q) + level_BNM[:, right_Q] * share_Q
-        columns.append(
-            np.concatenate(
-                [mean_power_BM[:, None], np.mean(level_BNM, axis=1)[:, None], quantile_BQM], axis=1
-            )
-        )
-    return np.concatenate(columns, axis=-1)
+def _module(array: Array) -> Any:
+    """numpy for its own arrays, else jax.numpy."""
+    return np if isinstance(array, np.ndarray) else jnp
 
 
-def with_seconds(stats_SM: jax.Array, seconds: float) -> jax.Array:
+def _between(sorted_NM: Array, share_Q: np.ndarray) -> Array:
+    """[..., Q, M] quantiles of [..., N, M] sorted values, linear between neighbours."""
+    last = sorted_NM.shape[-2] - 1
+    left_Q = (share_Q * last).astype(int)
+    right_Q = np.minimum(left_Q + 1, last)
+    part_Q1 = (share_Q * last - left_Q).astype(np.float32)[:, None]
+    return sorted_NM[..., left_Q, :] * (1 - part_Q1) + sorted_NM[..., right_Q, :] * part_Q1
+
+
+def with_seconds(stats_SM: Array, seconds: float) -> Array:
     """[S + 1, M]: the statistics and, as a last row, how many seconds they are of."""
-    return jnp.concatenate([stats_SM, jnp.full((1, stats_SM.shape[-1]), seconds, jnp.float32)])
+    xp = _module(stats_SM)
+    return xp.concatenate([stats_SM, xp.full((1, stats_SM.shape[-1]), seconds, xp.float32)])
 
 
 def levelled(stats_SM: Array) -> Array:

@@ -57,8 +57,14 @@ def load(
       ValueError: the corpus is too long for 32-bit positions (13.5 hours at 44.1 kHz).
     """
     if config.data.rendering == "pooled":
+        # Once for all lengths; smaller than the banks that are made of them.
+        @functools.cache
+        def powers(recording: int) -> tuple[np.ndarray, ...]:
+            segment = functools.partial(corpus.segment, recording)
+            return observe.band_powers(config, segment, int(corpus.length_R[recording]))
+
         banks = tuple(
-            _bank(config, corpus, index, seconds, progress)
+            _bank(config, powers, index, seconds, progress)
             for index, seconds in zip(indices, config.data.segment_seconds, strict=True)
         )
         nothing = np.zeros(0, np.int32)
@@ -92,17 +98,18 @@ _ROWS = 64
 
 def _bank(
     config: Config,
-    corpus: Corpus,
+    powers: Callable[[int], tuple[np.ndarray, ...]],
     index: pairs.Index,
     seconds: float,
     progress: Callable[[str], None],
 ) -> np.ndarray:
     """[V, S, M] float16 statistics of every row of the index.
 
-    Overlapping segments share their frames: a recording's band powers are measured once, and a
-    row takes the frames nearest to its start (within half a long hop, 46 ms).
+    Overlapping segments share their frames: `powers` gives a recording's band powers, and a row
+    takes the frames nearest to its start (within half a long hop, 46 ms).
     """
-    spec, rate, length = config.features, corpus.sample_rate, round(seconds * corpus.sample_rate)
+    spec, rate = config.features, config.data.sample_rate
+    length = round(seconds * rate)
     windows, hops = pooled.windows(spec), observe.hops(spec)
     counts = [features.frame_count(length, w, hop) for w, hop in zip(windows, hops, strict=True)]
     ratio = hops[0] // hops[1]
@@ -111,8 +118,7 @@ def _bank(
     for first, count, recording in zip(
         index.first_R, index.count_R, index.recording_R, strict=True
     ):
-        segment = functools.partial(corpus.segment, int(recording))
-        frames = observe.band_powers(config, segment, int(corpus.length_R[recording]))
+        frames = powers(int(recording))
         last = max(min(len(frames[0]) - counts[0], (len(frames[1]) - counts[1]) // ratio), 0)
         hop_V = index.hop_V[first : first + count]
         start_V = np.array([pairs.first_sample(int(hop), rate) for hop in hop_V])

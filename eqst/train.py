@@ -290,12 +290,12 @@ def _run(
         return jnp.mean(_batch_terms(config, params, normalisation, seen, None).shape_db)
 
     name = "valid_shape_db" if held_out else "train_exact_shape_db"
-    stream = supply.stream(int(state.step))
+    start_step, lengths = int(state.step), len(config.data.segment_seconds)
+    stream = supply.stream(start_step)
     pending: list[tuple[int, objective.Terms]] = []
     waited, since, done_since = 0.0, time.monotonic(), 0
-    start_step, lengths = int(state.step), len(config.data.segment_seconds)
     began, first_step = time.monotonic(), start_step
-    for step in range(int(state.step), config.train.steps):
+    for step in range(start_step, config.train.steps):
         before = time.monotonic()
         batch = next(stream)
         waited += time.monotonic() - before

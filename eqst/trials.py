@@ -25,10 +25,9 @@ class Run(NamedTuple):
     commit: str
 
 
-def open_run(workdir: str | os.PathLike[str], which: str = "best") -> Run:
-    """A run's predictor from its folder, whatever machines it was trained on."""
-    loaded = checkpoint.load(workdir, which=which)
-    return from_loaded(loaded)
+def open_run(workdir: str | os.PathLike[str]) -> Run:
+    """A run's predictor (its best checkpoint), whatever machines it was trained on."""
+    return from_loaded(checkpoint.load(workdir))
 
 
 def from_loaded(loaded: card.Loaded) -> Run:

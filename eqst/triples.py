@@ -2,7 +2,7 @@
 
 A triple is three files of one folder: NAME_input, NAME_reference (or _target), and what another
 system made of them, NAME_estimated (or _processed); a set is the triples of one folder that share
-the kind of name. Each answer is judged by its LTAS distance to the reference, level removed
+the kind of name. Each answer is judged by its LTAS distance to the reference, level removed,
 beside the untouched input and the LTAS fit, which minimises just that.
 """
 

@@ -110,16 +110,8 @@ def test_a_folder_trained_on_is_used_by_its_split_and_another_one_whole(run, tmp
     assert evaluate.select(trained, "", "", "dev") == (data, "dev")
 
 
-@pytest.mark.parametrize(
-    ("option", "said"),
-    [
-        ("--pairs=-5", "evaluation.pairs is -5"),
-        ("--seconds=-3", "evaluation.seconds is -3"),
-        ("--seconds=three", "--seconds=three: give numbers"),
-        ("--split=train", "choose dev or valid"),
-    ],
-)
-def test_a_wrong_option_is_one_line_before_any_work(option, said, run, tmp_path, monkeypatch):
+def given(monkeypatch, run, tmp_path, *options):
+    """The command's flags as if these options had been given, and `run` in the workdir."""
     from absl import flags
 
     values = flags.FlagValues()
@@ -130,8 +122,40 @@ def test_a_wrong_option_is_one_line_before_any_work(option, said, run, tmp_path,
     flags.DEFINE_list("seconds", [], "", flag_values=values)
     flags.DEFINE_bool("baselines", True, "", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "", flag_values=values)
-    values(["evaluate", f"--output={tmp_path / 'out'}", option])
+    values(["evaluate", f"--output={tmp_path / 'out'}", *options])
     monkeypatch.setattr(evaluate, "open_run", lambda _: run)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--pairs=-5", "evaluation.pairs is -5"),
+        ("--seconds=-3", "evaluation.seconds is -3"),
+        ("--seconds=three", "--seconds=three: give numbers"),
+        ("--split=train", "choose dev or valid"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_any_work(option, said, run, tmp_path, monkeypatch):
+    given(monkeypatch, run, tmp_path, option)
     with pytest.raises(ValueError, match=said):
         evaluate.main()
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_few_talkers_mean_no_baselines_and_no_figures_mean_no_results(
+    run, corpus_of, bursts, tmp_path, monkeypatch, capsys
+):
+    few = corpus_of([bursts(seed, 2.0, RATE) for seed in range(4)], RATE)
+    given(monkeypatch, run, tmp_path)
+    monkeypatch.setattr(evaluate.corpus, "open_corpus", lambda *_: few)
+    asked = []
+
+    def without_figures(*_, with_baselines, say):
+        asked.append(with_baselines)
+        return {"figures": {"plain": {}, "coloured": {}}}
+
+    monkeypatch.setattr(evaluate, "evaluate", without_figures)
+    with pytest.raises(ValueError, match="no pair of 1 s"):
+        evaluate.main()
+    assert asked == [False] and "here are 4" in capsys.readouterr().out
     assert not list(tmp_path.glob("out/*"))

@@ -137,7 +137,7 @@ def test_a_matcher_is_loaded_from_weights(monkeypatch):
         "network": predictor.init(trained, jax.random.key(0)),
         "normalisation": {"mean": np.zeros(bands), "scale": np.ones(bands)},
     }
-    loaded = card.Loaded({"config": config.as_dict(trained)}, params, 0)
+    loaded = card.Loaded({"config": config.as_dict(trained), "commit": "none"}, params, 0)
     monkeypatch.setattr(card, "load_weights", lambda: loaded)
     matcher = match.Matcher.load()
     first = matcher.predict(noise(44_100), noise(44_100, seed=1), 44_100)

@@ -320,3 +320,11 @@ def test_a_parameter_that_is_not_finite_is_seen():
     for bad in (np.nan, np.inf):
         tree["c"][1, 0] = bad
         assert not bool(train.all_finite(tree))
+
+
+def test_a_signal_between_the_stages_of_the_start_is_obeyed_there():
+    with train._Signals() as signals:
+        signals.stop_early()  # nothing has come
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(train.Interrupted, match="SIGTERM"):
+            signals.stop_early()
