@@ -54,7 +54,7 @@ def from_file(path: str | os.PathLike) -> Recording:
 
     def mono(start: int, frames: int) -> Iterator[np.ndarray]:
         for block_TC in audio.stream(path, start=start, frames=frames):
-            yield block_TC @ scan.mono_weights_C.astype(np.float32)
+            yield loudness.weighted_sum(block_TC, scan.mono_weights_C.astype(np.float32))
 
     return Recording(name, header.sample_rate, scan.info.frames, scan.loudness_lufs, mono)
 

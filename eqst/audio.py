@@ -22,6 +22,7 @@ from eqst.loudness import (
     gated_loudness_lufs,
     k_weighted_power,
     loudness_lufs,
+    weighted_sum,
 )
 
 # What callers need of audio is under this one name, wherever it is defined.
@@ -329,11 +330,12 @@ def to_mono(samples_TC: np.ndarray) -> np.ndarray:
     sum_C = np.sum([_sum(block_TC) for block_TC in blocks], axis=0)
     gram_CC = np.sum([_gram(block_TC) for block_TC in blocks], axis=0)
     weights_C = mono_weights(_covariance(sum_C, gram_CC, len(samples_TC)))
-    return samples_TC @ weights_C.astype(samples_TC.dtype)
+    return weighted_sum(samples_TC, weights_C.astype(samples_TC.dtype))
 
 
 def _sum(block_TC: np.ndarray) -> np.ndarray:
-    return np.ones(len(block_TC)) @ block_TC.astype(np.float64)
+    # Column by column, as in `weighted_sum`.
+    return np.array([channel_T.sum(dtype=np.float64) for channel_T in block_TC.T])
 
 
 def _gram(block_TC: np.ndarray) -> np.ndarray:

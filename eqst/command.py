@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
+
+from eqst.files import cache_folder
 
 # C++ libraries read these when they are loaded, so they are set before anything is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -15,6 +18,23 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 def _one_line(error: BaseException) -> str:
     r"""The message without line breaks, real ones or the "\n" of a quoted message."""
     return " ".join(str(error).replace("\\n", " ").split())
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept for the next process, where nobody has said where to."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    folder = cache_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # then each process compiles for itself
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # A damaged entry or a full disk costs a compilation and is no business of the user's.
+    warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")
 
 
 def line(name: str) -> str:
@@ -34,6 +54,7 @@ def start(name: str, define_flags: Callable[[], None], body: Callable[[], None])
     from absl import app, logging
 
     def main(argv: list[str]) -> None:
+        keep_compiled()
         # Orbax and JAX tell absl's log of every step they take.
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:

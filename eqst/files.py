@@ -59,6 +59,12 @@ def write_atomically(
     return result
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/eqst, or ~/.cache/eqst."""
+    base = os.environ["XDG_CACHE_HOME"] if os.environ.get("XDG_CACHE_HOME") else "~/.cache"
+    return Path(base).expanduser() / "eqst"
+
+
 def result_folder(folder: str | os.PathLike[str], name: str, *, overwrite: bool) -> Path:
     """A command's output folder, made if missing; refused early if its result is there already.
 

@@ -6,13 +6,15 @@ The two need not be the same talker or piece. Any format, rate (8 .. 192 kHz) an
 libsndfile reads; the output keeps the input's. Without --output only the settings are found.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from absl import flags
@@ -22,6 +24,8 @@ from eqst.audio import AudioError
 from eqst.settings import Settings
 
 MODEL_RATE = 44_100
+
+Result = TypeVar("Result")
 
 # (input [T], reference [T]), float32 mono at the model's rate -> settings [K] for that rate.
 PredictUnit = Callable[[np.ndarray, np.ndarray], eq.EqParams]
@@ -216,7 +220,7 @@ def run(
       input, reference: audio files.
       output, settings_file, picture_file: files to write, None for none.
       amount, clip, overwrite: as in `Matcher.predict` and `render.render_file`.
-      load: gives the matcher; called when the files have been found good.
+      load: gives the matcher; called in a thread of its own while the files are measured.
       say: takes lines for the user.
 
     Returns:
@@ -234,8 +238,10 @@ def run(
         picture.check_extension(picture_file)
     if output is not None:
         render.output_format(source, output, clip)
-    recordings = analysis.from_file(input), analysis.from_file(reference)
-    match = load().match(*recordings, amount=amount)
+    reference_measured = _begin(lambda: analysis.from_file(reference))
+    loaded = _begin(load)
+    input_measured = analysis.from_file(input)
+    match = loaded().match(input_measured, reference_measured(), amount=amount)
     found = match.settings
     if output is not None:
         report = render.render_file(input, output, found.params, overwrite=overwrite, clip=clip)
@@ -250,6 +256,23 @@ def run(
     if picture_file is not None:
         _draw(picture_file, match, input, reference, overwrite, say)
     return found
+
+
+def _begin(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Starts `work` in a thread; the function returned waits for what it gives or raises.
+
+    A daemon thread, so that a signal ends the command without waiting for it.
+    """
+    done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def fill() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    return done.result
 
 
 def _peak(report: render.RenderReport) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eqst import audio, config
+from eqst import audio, config, files
 
 FORMAT = 1
 TARGET_LUFS = -23.0
@@ -62,8 +61,10 @@ class Corpus(NamedTuple):
         if end > begin:
             offset = int(self.start_R[recording])
             source = self.samples[self.store_R[recording]]
-            piece = source[offset + begin : offset + end].astype(np.float32)
-            out_T[begin - start : end - start] = piece * (self.gain_R[recording] / 32768.0)
+            scale = np.float32(self.gain_R[recording] / 32768.0)
+            inside_T = out_T[begin - start : end - start]
+            # In one pass: half of what it takes to make batches on the host is reading.
+            np.multiply(source[offset + begin : offset + end], scale, out=inside_T)
         return out_T
 
     def seconds(self) -> float:
@@ -95,8 +96,7 @@ class Recording(NamedTuple):
 def _cache_root(data: config.Data) -> pathlib.Path:
     if data.cache_dir:
         return pathlib.Path(data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "eqst"
+    return files.cache_folder()
 
 
 def make_store(

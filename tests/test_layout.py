@@ -14,7 +14,7 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "command", "files", "mesh", "card", "seal", "checkpoint"),
+    *("config", "files", "command", "mesh", "card", "seal", "checkpoint"),
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
