@@ -240,8 +240,8 @@ def run(
         render.output_format(source, output, clip)
     reference_measured = _begin(lambda: analysis.from_file(reference))
     loaded = _begin(load)
-    input_measured = analysis.from_file(input)
-    match = loaded().match(input_measured, reference_measured(), amount=amount)
+    recordings = analysis.from_file(input), reference_measured()
+    match = loaded().match(*recordings, amount=amount)
     found = match.settings
     if output is not None:
         report = render.render_file(input, output, found.params, overwrite=overwrite, clip=clip)
