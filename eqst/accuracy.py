@@ -1,4 +1,4 @@
-"""How exact and how fast the responses are, measured: `python -m eqst.accuracy --output=DIR`.
+"""How exact the responses are, measured: `python -m eqst.accuracy --output=DIR`.
 
 A section is a function of (bands, seed) that returns rows: {"what", "worst", "limit", "unit"}, and
 what else it has to say. A row fails when its worst value exceeds its limit; None is for the record.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -194,51 +193,6 @@ def _differences(response: Callable, freq_BF: np.ndarray, band: Bands) -> list[n
     return slopes
 
 
-def speed(bands: int, seed: int) -> list[Row]:
-    """Milliseconds, least of 30 in turns: 256 EQs of the paper's table at 1025 frequencies.
-
-    `bands` plays no part. Also the difference of the two gradients, against their norm.
-    """
-    del bands
-    rate = 44100
-    freq_F = jnp.linspace(0.0, rate / 2, 1025)
-    unit_BKP = jax.random.uniform(jax.random.key(seed), (256, len(eq.KINDS), 3))
-    params = eq.from_unit(eq.PAPER, unit_BKP)
-    weight_BF = jax.random.normal(jax.random.key(seed + 1), (256, 1025))
-
-    def custom(*band):
-        return biquad.cascade_db(freq_F, *band, kinds=eq.KINDS, sample_rate=rate)
-
-    def plain(*band):
-        bands = zip(eq.KINDS, *band, strict=True)
-        return sum(_plain_db(kind, rate, freq_F, *one) for kind, *one in bands)
-
-    def with_gradient(function):
-        def total(*bands):
-            return jnp.sum(weight_BF * jax.vmap(function)(*bands))
-
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))
-
-    timed = {
-        "value": jax.jit(jax.vmap(custom)),
-        "value and gradient": with_gradient(custom),
-        "value and gradient by autodiff": with_gradient(plain),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    results = {name: jax.block_until_ready(function(*params)) for name, function in timed.items()}
-    for _ in range(30):
-        for name, function in timed.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*params))
-            seconds[name].append(time.perf_counter() - start)
-    rows = [_row(f"256 x 4 x 1025 {name}", 1e3 * min(s), None, "ms") for name, s in seconds.items()]
-    (_, fast), (_, slow) = (results[name] for name in list(timed)[1:])
-    difference = max(
-        float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(fast, slow, strict=True)
-    )
-    return [*rows, _row("custom gradient - autodiff, of its norm", difference, 1e-6, "times")]
-
-
 def _talker_and_eq(seed: int, number: int, seconds: float) -> tuple[np.ndarray, Any]:
     """A synthetic talker and a random EQ of the paper's table; every fourth has the highest Q."""
     audio_T = synthetic.synthesise(seed, number, seconds, sample_rate=_AUDIO_RATE)
@@ -320,7 +274,6 @@ SECTIONS: dict[str, Callable[[int, int], list[Row]]] = {
     "gradients": gradients,
     "host_rendering": host_rendering,
     "device_rendering": device_rendering,
-    "speed": speed,
 }
 
 

@@ -62,8 +62,8 @@ def write_card(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> dict
     full = {
         "format_version": FORMAT_VERSION,
         **card,
-        "commit": _commit(),
-        "packages": {"python": platform.python_version(), **_versions()},
+        "commit": commit(),
+        "packages": {"python": platform.python_version(), **versions()},
     }
     text = to_json(full)
     if jax.process_index() == 0:
@@ -109,17 +109,18 @@ def _parse_card(text: str, source: str) -> dict[str, Any]:
     return card
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Versions of `PACKAGES` as installed, "unknown" for what is not."""
+    found = {}
     for name in PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+            found[name] = "unknown"
+    return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this clone, with "+changes" where files differ from it, or "unknown"."""
     here = pathlib.Path(__file__).resolve()
 

@@ -52,12 +52,9 @@ def error_against_seconds(results: dict[str, Any], path: str | os.PathLike[str])
     Raises:
       ValueError: matplotlib (the extra [report]) is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need the extra: pip install 'eqst[report]'") from None
+    new_figure = _figure_class()
     protocols = [name for name, by_length in results["figures"].items() if by_length]
-    figure = Figure(figsize=(4.6 * len(protocols), 4.2), layout="constrained")
+    figure = new_figure(figsize=(4.6 * len(protocols), 4.2), layout="constrained")
     panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
     for panel, protocol in zip(panels, protocols, strict=True):
         by_length = results["figures"][protocol]
@@ -81,3 +78,44 @@ def error_against_seconds(results: dict[str, Any], path: str | os.PathLike[str])
     panels[0].set_ylabel("shape RMSE (dB)")
     panels[-1].legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
+def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws every ratio of a benchmark to ours on a logarithmic axis, one panel per section.
+
+    Args:
+      content: of benchmark.json.
+      path: PNG to write.
+
+    Raises:
+      ValueError: matplotlib (the extra [report]) is not installed.
+    """
+    new_figure = _figure_class()
+    panels = []
+    for name, section in content["sections"].items():
+        unit = "milliseconds" if "milliseconds" in section["rows"][0] else "seconds"
+        bars = [(row["what"], row[unit]) for row in section["rows"] if unit in row]
+        panels.append((name.replace("_", " "), unit, bars))
+    heights = [len(bars) + 1 for _, _, bars in panels]
+    figure = new_figure(figsize=(9, 0.28 * sum(heights) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (name, unit, bars) in zip(axes, panels, strict=True):
+        labels, values = zip(*bars, strict=True)
+        ours = ["#c1272d" if "EQST" in x or "db_mel" in x else "#7ba7d7" for x in labels]
+        axis.barh(labels, values, color=ours)
+        for place, value in enumerate(values):
+            axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlim(None, 2 * max(values))
+        axis.set_title(f"{name} ({unit}, less is better)", fontsize=9, loc="left")
+        axis.tick_params(labelsize=7)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures need the extra: pip install 'eqst[report]'") from None
+    return Figure

@@ -34,7 +34,7 @@ ORDER = (
     *("objective", "batches", "train"),
     # what is done with it
     *("metrics", "bayes", "linear", "baselines", "trials", "report", "picture"),
-    *("match", "evaluate", "triples", "accuracy"),
+    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).
@@ -45,6 +45,7 @@ OWNERS = {
     "flax": {"predictor"},
     "orbax": {"checkpoint"},
     "matplotlib": {"picture", "report"},
+    "torch": {"rivals", "contests"},
 }
 
 # These know neither DSP nor models: they could serve another project as they are.
