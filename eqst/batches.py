@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eqst import corpus, eq, mesh, observe, pairs, predictor, resident
@@ -64,9 +63,9 @@ def make_source(
             say(f"left out {line}")
         indices.append(index)
     part = mesh.process_slice(devices, config.train.batch_size)
-    copied = mesh.Shardings.of(devices).params
     if data.pipeline == "resident":
-        constants = jax.device_put(resident.load(config, recordings, tuple(indices), say), copied)
+        held = resident.load(config, recordings, tuple(indices), say)
+        constants = mesh.copied(devices, held)
 
         def numbers(first: int) -> Iterator[Any]:
             while True:
@@ -106,7 +105,9 @@ def measure_normalisation(config: Config, source: Source) -> predictor.Normalisa
     moments = []
     for number in range(count):
         seen = see(next(stream), source.constants, number % lengths)
-        both = [np.asarray(x, np.float64) for x in (seen.input_BXM, seen.reference_BXM)]
+        # Gathered first, so that it is the same sum for any number of devices and processes.
+        parts = (seen.input_BXM, seen.reference_BXM)
+        both = [mesh.on_host(part).astype(np.float64) for part in parts]
         moments += [np.stack([x.mean(axes), np.square(x).mean(axes)]) for x in both]
     mean, square = np.mean(moments, axis=0)
     scale = np.sqrt(np.maximum(square - mean**2, 0.0)) + 1e-3
@@ -122,8 +123,9 @@ def rendered_chunks(
     count: int,
     seed: int,
     without_label: bool = False,
+    first: int = 0,
 ) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, ...]]]:
-    """Pairs 0 .. count - 1 of this seed, recordings in turn, in chunks of `CHUNK`.
+    """Pairs `first` .. `first + count - 1` of this seed, recordings in turn, `CHUNK` at a time.
 
     The EQ is put on by the exact filter, with context. The last chunk is whole; the caller cuts.
 
@@ -151,15 +153,29 @@ def rendered_chunks(
         flat = plan._replace(label_KP=pairs.without_gain(plan.label_KP))
         return *sounds, render_one(input_T, reference_T, flat)[1]
 
-    for begin in range(0, count, CHUNK):
+    for begin in range(first, first + count, CHUNK):
         plan = jax.tree.map(np.asarray, draw(np.arange(begin, begin + CHUNK)))
         audio = pairs.fetch(recordings, plan, seconds, data.context_seconds)
         yield plan, jax.tree.map(np.asarray, render(*audio, plan))
 
 
-def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
-    """Features of fixed pairs of held-out train talkers, on exactly filtered audio."""
+class Weighed(NamedTuple):
+    """Pairs that fill every device evenly; the padding has weight 0 and the others share 1."""
+
+    seen: Seen
+    weight_B: jax.Array
+
+
+def valid_pairs(config: Config, recordings: corpus.Corpus, devices: jax.sharding.Mesh) -> Weighed:
+    """Features of fixed pairs of held-out train talkers, on exactly filtered audio.
+
+    Split over the devices; every process renders its own. A weighted sum over them is the mean over
+    `train.eval_pairs` pairs for any number of devices and processes.
+    """
     hear = jax.jit(jax.vmap(functools.partial(observe.heard, config)))
+    count = config.train.eval_pairs
+    padded = -(-count // devices.size) * devices.size
+    mine = mesh.process_slice(devices, padded)
     parts = [
         (*(np.asarray(hear(sound_BT)) for sound_BT in sounds), plan.label_KP)
         for plan, sounds in rendered_chunks(
@@ -167,10 +183,12 @@ def valid_pairs(config: Config, recordings: corpus.Corpus) -> Seen:
             recordings,
             seconds=config.data.segment_seconds[0],
             protocol=config.data.protocol,
-            count=config.train.eval_pairs,
+            first=mine.start,
+            count=mine.stop - mine.start,
             seed=config.seed + 2,
         )
     ]
-    count = config.train.eval_pairs
-    inputs, references, labels = (np.concatenate(x)[:count] for x in zip(*parts, strict=True))
-    return Seen(jnp.asarray(inputs), jnp.asarray(references), jnp.asarray(labels))
+    rows = mine.stop - mine.start
+    leaves: list[Any] = [np.concatenate(x)[:rows] for x in zip(*parts, strict=True)]
+    weight_B: Any = np.where(np.arange(padded) < count, 1.0 / count, 0.0).astype(np.float32)
+    return mesh.global_batch(devices, Weighed(Seen(*leaves), weight_B[mine]))

@@ -25,6 +25,7 @@ from etils import epath
 
 FORMAT_VERSION = 1
 CARD_NAME = "config.json"
+MAKE_ROOM = "make room there, or take a folder that can be written"
 # What a run has to say of itself; the rest of the card is filled in here.
 CARD_KEYS = ("config", "normalisation", "band_table")
 PACKAGES = ("eqst", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
@@ -32,6 +33,10 @@ PACKAGES = ("eqst", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy
 
 class CheckpointError(ValueError):
     """A folder or file that cannot be used: one line with what is wrong and the way out."""
+
+
+class DamagedCard(CheckpointError):
+    """A card that is not as it was written, or is gone."""
 
 
 class Loaded(NamedTuple):
@@ -51,7 +56,7 @@ def write_card(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> dict
         config, `normalisation` what the features subtract and divide by, `band_table` the bands.
 
     Returns:
-      The card as written: with `format_version`, `commit` and `packages` added.
+      The card as written: with `format_version`, `commit`, `packages` and a checksum added.
 
     Raises:
       CheckpointError: a key of CARD_KEYS is missing, or a value is no finite JSON.
@@ -65,7 +70,7 @@ def write_card(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> dict
         "commit": commit(),
         "packages": {"python": platform.python_version(), **versions()},
     }
-    text = to_json(full)
+    text = _with_checksum(full)
     if jax.process_index() == 0:
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,39 +78,49 @@ def write_card(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> dict
     return json.loads(text)
 
 
+def _with_checksum(card: Mapping[str, Any]) -> str:
+    """JSON text of a card; its `sha256` is that of the text without it."""
+    bare = {key: value for key, value in card.items() if key != "sha256"}
+    return to_json({**bare, "sha256": digest(to_json(bare))})
+
+
 def read_card(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a run's config.json.
 
     Raises:
       CheckpointError: the folder is no run of EQST, or its format is not one this version reads.
+      DamagedCard: its card is gone, or not as it was written.
     """
     folder = epath.Path(workdir)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}: give the --workdir of a training run")
     if not (folder / CARD_NAME).is_file():
-        raise CheckpointError(
+        raise DamagedCard(
             f"{folder} has no {CARD_NAME}, so it is no run of EQST: "
             "give the folder that `python -m eqst.train --workdir=` wrote to"
         )
-    return _parse_card((folder / CARD_NAME).read_text(), str(folder / CARD_NAME))
+    return _parse_card((folder / CARD_NAME).read_bytes(), str(folder / CARD_NAME))
 
 
-def _parse_card(text: str, source: str) -> dict[str, Any]:
+def _parse_card(text: bytes, source: str) -> dict[str, Any]:
     try:
         card = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{source} is not JSON ({error}): restore it or train anew") from None
+    except ValueError as error:  # of UTF-8 too
+        raise DamagedCard(f"{source} is not JSON ({error}): restore it or train anew") from None
     if not isinstance(card, dict) or not isinstance(card.get("format_version"), int):
-        raise CheckpointError(f"{source} names no format_version: EQST did not write it")
+        raise DamagedCard(f"{source} names no format_version: EQST did not write it")
     version = card["format_version"]
     if version != FORMAT_VERSION:
         wanted = "a newer eqst" if version > FORMAT_VERSION else "the eqst that wrote it"
         raise CheckpointError(
             f"{source} has format_version {version}, this eqst reads {FORMAT_VERSION}: use {wanted}"
         )
+    # Older cards have no checksum.
+    if "sha256" in card and json.loads(_with_checksum(card)) != card:
+        raise DamagedCard(f"{source} does not match its own checksum: restore it or train anew")
     absent = [key for key in CARD_KEYS if key not in card]
     if absent:
-        raise CheckpointError(f"{source} lacks {absent}: restore it or train anew")
+        raise DamagedCard(f"{source} lacks {absent}: restore it or train anew")
     return card
 
 
@@ -166,7 +181,8 @@ def save_weights(
     stem.parent.mkdir(parents=True, exist_ok=True)
     weights = {"step": loaded.step, "dtype": dtype, "sha256": digest(buffer.getvalue())}
     write_whole(stem.parent / f"{stem.name}.npz", buffer.getvalue())
-    write_whole(stem.parent / f"{stem.name}.json", to_json({**loaded.card, "weights": weights}))
+    card = _with_checksum({**loaded.card, "weights": weights})
+    write_whole(stem.parent / f"{stem.name}.json", card)
 
 
 def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
@@ -189,7 +205,7 @@ def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
     npz, card_file = folder / f"{name}.npz", folder / f"{name}.json"
     if not (npz.is_file() and card_file.is_file()):
         raise CheckpointError(absent)
-    card = _parse_card(card_file.read_text(encoding="utf-8"), str(card_file))
+    card = _parse_card(card_file.read_bytes(), str(card_file))
     data = npz.read_bytes()
     if "weights" not in card or card["weights"]["sha256"] != digest(data):
         raise CheckpointError(f"{npz} is not what {card_file} describes: export both again")
@@ -245,5 +261,9 @@ def digest(data: str | bytes) -> str:
 def write_whole(path: epath.Path, data: str | bytes) -> None:
     """Writes a file so that at any moment it is absent, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{path} cannot be written ({reason}): {MAKE_ROOM}") from error

@@ -5,7 +5,7 @@ A run's folder:
     config.json                 the card, see `eqst.card`
     checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest two)
     checkpoints/best/STEP/      an Orbax checkpoint of {"params": ..} (the best one)
-    .../STEP/eqst.json          `eqst.seal`: a checksum for every file and every leaf
+    .../STEP/eqst.json          `eqst.seal`: a checksum for every file and every leaf, and the card
 
 The seal is written last and in one motion, so it is also what makes a checkpoint count: whatever
 a process killed at any moment leaves behind lacks it, is never read, and goes with the next save.
@@ -14,11 +14,12 @@ Checksums are there because Orbax may load a flipped byte as different weights.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-import socket
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import IO, Any
 
@@ -27,16 +28,29 @@ import numpy as np
 from etils import epath
 
 from eqst.card import (
+    MAKE_ROOM,
     CheckpointError,
     Loaded,
     load_weights,
     named_leaves,
     nested,
-    read_card,
     save_weights,
     write_card,
 )
-from eqst.seal import DAMAGED_NAME, SEAL_NAME, Damaged, leaf_facts, read_seal, write_seal
+from eqst.lock import LOCK_NAME, hold
+from eqst.mesh import gathered, together
+from eqst.seal import (
+    DAMAGED_NAME,
+    SEAL_NAME,
+    Damaged,
+    complete_steps,
+    find_card,
+    leaf_facts,
+    mend_card,
+    read_card,
+    read_seal,
+    write_seal,
+)
 
 # One import serves whoever keeps runs.
 __all__ = [
@@ -44,6 +58,7 @@ __all__ = [
     "Checkpoints",
     "Loaded",
     "export_weights",
+    "find_card",
     "load",
     "load_weights",
     "read_card",
@@ -64,17 +79,34 @@ class Checkpoints:
         """Names the run's folder and how many of the last checkpoints stay."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint has to stay")
-        self._folder = _absolute(workdir) / "checkpoints"
+        self._workdir = _absolute(workdir)
+        self._folder = self._workdir / "checkpoints"
         self._last = self._folder / "last"
         self._best = self._folder / "best"
         self._keep = keep
         self._lock: IO[str] | None = None
+        self._made: list[epath.Path] = []
+        self.notes: dict[str, Any] = {}  # of the checkpoint restored last
 
     def __enter__(self) -> Checkpoints:
-        if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _hold(self._folder)
+        together(self._enter, CheckpointError, OSError)
         return self
+
+    def _enter(self) -> None:
+        if jax.process_index() != 0:
+            return
+        above = (self._folder, *self._folder.parents)
+        self._made = (
+            [] if "://" in os.fspath(self._folder) else [x for x in above if not x.exists()]
+        )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self._folder)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CheckpointError(
+                f"{self._folder} cannot be written ({reason}): {MAKE_ROOM}"
+            ) from None
 
     def __exit__(
         self,
@@ -82,18 +114,25 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._lock is None:
+            return
+        # Of a run that was refused nothing stays.
+        with contextlib.suppress(OSError):
+            if self._made and [x.name for x in self._folder.iterdir()] == [LOCK_NAME]:
+                (self._folder / LOCK_NAME).unlink()
+                for folder in self._made:
+                    folder.rmdir()  # while they are empty
+        self._lock.close()
+        self._lock = None
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        steps = _complete_steps(self._last)
+        steps = complete_steps(self._last)
         return steps[-1] if steps else None
 
     def best_metric(self) -> float | None:
         """The metric that `save_best` last accepted; None without one, or where it is damaged."""
-        steps = _complete_steps(self._best)
+        steps = complete_steps(self._best)
         if not steps:
             return None
         try:
@@ -102,21 +141,22 @@ class Checkpoints:
             _log.warning("the best checkpoint in %s is damaged (%s)", self._best, error)
             return None
 
-    def save(self, step: int, state_tree: Any) -> bool:
+    def save(self, step: int, state_tree: Any, notes: Mapping[str, Any] | None = None) -> bool:
         """Saves the training state and drops all but the newest `keep` checkpoints.
 
         Args:
           step: steps done, >= 0.
           state_tree: any tree of arrays (numpy and Python scalars become 0-d arrays). What `load`
             shall find lies under the key or field `params`, as nested dicts.
+          notes: JSON that goes with it; `self.notes` after it is restored.
 
         Returns:
           False where this step is already saved: a complete checkpoint is never written over.
         """
-        if step in _complete_steps(self._last):
+        if step in complete_steps(self._last):
             return False
-        _save(self._last, step, state_tree, metric=None)
-        _prune(self._last, keep=_complete_steps(self._last)[-self._keep :])
+        _save(self._last, step, state_tree, metric=None, notes=dict(notes or {}))
+        _prune(self._last, keep=complete_steps(self._last)[-self._keep :])
         return True
 
     def save_best(self, step: int, params_tree: Any, metric: float) -> bool:
@@ -133,9 +173,9 @@ class Checkpoints:
         best = self.best_metric()
         if not math.isfinite(metric) or (best is not None and metric >= best):
             return False
-        if best is not None and step in _complete_steps(self._best):
+        if best is not None and step in complete_steps(self._best):
             return False
-        _save(self._best, step, {"params": params_tree}, metric=float(metric))
+        _save(self._best, step, {"params": params_tree}, metric=float(metric), notes={})
         _prune(self._best, keep=[step])
         return True
 
@@ -155,18 +195,27 @@ class Checkpoints:
           CheckpointError: the tree is another one than was saved, or every checkpoint is damaged.
           ValueError: a leaf has no sharding.
         """
-        if not _complete_steps(self._last):
+        newest = self.latest_step()
+        if len(set(gathered(-1 if newest is None else newest))) > 1:
+            raise CheckpointError(
+                f"the processes see different checkpoints in {self._last}: "
+                "give a --workdir on storage that all of them share"
+            )
+        if newest is None:
             return None
         targets = {name: _target(name, leaf) for name, leaf in named_leaves(abstract_state).items()}
         target_tree = jax.tree.unflatten(jax.tree.structure(abstract_state), targets.values())
 
         def read(step: int) -> Any:
-            seal = _agreed(lambda: read_seal(self._last / str(step)))
+            seal = together(lambda: read_seal(self._last / str(step)), Damaged)
             _check_same_tree(seal["leaves"], targets, self._last / str(step))
-            return _agreed(lambda: _read_tree(self._last / str(step), target_tree, seal["leaves"]))
+            folder = self._last / str(step)
+            tree = together(lambda: _read_tree(folder, target_tree, seal["leaves"]), Damaged)
+            return tree, seal["notes"] if "notes" in seal else {}  # older ones have none
 
-        step, state, damaged = _newest_readable(self._last, read)
+        step, (state, self.notes), damaged = _newest_readable(self._last, read)
         if jax.process_index() == 0:
+            mend_card(self._workdir)
             for bad in damaged:
                 folder = self._last / str(bad)
                 (folder / SEAL_NAME).replace(folder / DAMAGED_NAME)
@@ -190,9 +239,9 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
         raise ValueError(f"which={which!r}: choose 'best' or 'last'")
     card = read_card(workdir)
     root = _absolute(workdir) / "checkpoints" / which
-    if not _complete_steps(root):
+    if not complete_steps(root):
         other = "last" if which == "best" else "best"
-        has_other = bool(_complete_steps(root.parent / other))
+        has_other = bool(complete_steps(root.parent / other))
         way_out = f"which={other!r} has one" if has_other else "let it train for longer"
         raise CheckpointError(
             f"the run in {epath.Path(workdir)} has no {which} checkpoint: {way_out}"
@@ -230,7 +279,7 @@ def export_weights(
     save_weights(load(workdir, which=which), path_stem, dtype=dtype)
 
 
-def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
+def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
     if step < 0:
         raise ValueError(f"step={step}: a step is 0 or more")
     # A numpy scalar as a leaf would make Orbax raise in a thread and then wait for minutes.
@@ -243,10 +292,42 @@ def _save(root: epath.Path, step: int, tree: Any, metric: float | None) -> None:
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()
     _wait_for_all(f"eqst may save {root.name} {step}")
-    _orbax().save(folder, tree, checkpointable_name="state")
-    if jax.process_index() == 0:
-        write_seal(folder, step=step, metric=metric, leaves=leaves)
+    try:
+        with _quiet_orbax():
+            _orbax().save(folder, tree, checkpointable_name="state")
+        if jax.process_index() == 0:
+            card = find_card(root.parent.parent)
+            write_seal(folder, step=step, leaves=leaves, card=card, **facts)
+    except jax.errors.JaxRuntimeError:  # of another process
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            _prune(root, keep=complete_steps(root))
+        raise CheckpointError(
+            f"{folder} cannot be saved ({_reason(error)}): {MAKE_ROOM}; what was saved before is "
+            "whole, and the same command goes on from it"
+        ) from error
     _wait_for_all(f"eqst saved {root.name} {step}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, which Orbax wraps in pages."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {str(error)[:120]}"
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps tracebacks of Orbax's threads off the screen: what they raise is raised to us too."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
@@ -261,19 +342,11 @@ def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
             folder.rmtree()
 
 
-def _complete_steps(root: epath.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, oldest first."""
-    if not root.is_dir():
-        return []
-    names = [folder.name for folder in root.iterdir() if folder.name.isdecimal()]
-    return sorted(int(name) for name in names if (root / name / SEAL_NAME).is_file())
-
-
 def _newest_readable(
     root: epath.Path, read: Callable[[int], Any]
 ) -> tuple[int, Any, dict[int, str]]:
     """(step, tree, damaged) of the newest step that `read` does not find damaged."""
-    steps = _complete_steps(root)
+    steps = complete_steps(root)
     damaged: dict[int, str] = {}
     for step in reversed(steps):
         try:
@@ -285,7 +358,7 @@ def _newest_readable(
             found = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
             _log.warning("damaged in %s: step %s; going on from step %d", root, found, step)
         return step, tree, damaged
-    if _complete_steps(root) != steps:  # a training that is running has moved on meanwhile
+    if complete_steps(root) != steps:  # a training that is running has moved on meanwhile
         return _newest_readable(root, read)
     found = ", ".join(f"step {bad}: {why}" for bad, why in damaged.items())
     raise CheckpointError(
@@ -300,10 +373,11 @@ def _read_tree(
     """Reads `targets` and verifies `leaves`; `partial`: the saved dict may have other keys."""
     ocp = _orbax()
     try:
-        if partial:
-            saved = ocp.metadata(folder, checkpointable_name="state").metadata
-            targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
-        tree = ocp.load(folder, targets, checkpointable_name="state")
+        with _quiet_orbax():
+            if partial:
+                saved = ocp.metadata(folder, checkpointable_name="state").metadata
+                targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
+            tree = ocp.load(folder, targets, checkpointable_name="state")
     except Exception as error:
         raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
     found = named_leaves(tree)
@@ -345,59 +419,11 @@ def _target(name: str, leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _agreed(read: Callable[[], Any]) -> Any:
-    """`read()`, damaged for all processes where it is for one: they must go on from one step."""
-    if jax.process_count() == 1:
-        return read()
-    from jax.experimental import multihost_utils
-
-    result, damage = None, None
-    try:
-        result = read()
-    except Damaged as error:
-        damage = error
-    fine = multihost_utils.process_allgather(np.asarray(damage is None))
-    if damage is not None:
-        raise damage
-    if not np.all(fine):
-        raise Damaged("another process cannot read it")
-    return result
-
-
 def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
-
-
-def _hold(folder: epath.Path) -> IO[str] | None:
-    """Locks a local folder until the file is closed or the process ends, however it ends."""
-    if "://" in os.fspath(folder):
-        return None  # buckets know no locks: there a launcher must see to it
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    lock = open(folder / "lock", "a+", encoding="utf-8")
-    try:
-        # A POSIX lock is not inherited by forked workers, which may outlive a killed trainer.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise CheckpointError(
-            f"{folder} is in use by {holder or 'another process'}: "
-            "wait for it, stop it, or choose another --workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        lock.close()
-        return None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
 
 
 def _orbax() -> Any:

@@ -8,6 +8,7 @@ ever see. The defaults stand once, in the dataclasses below.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import types
 import typing
@@ -291,15 +292,22 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Settings read back from a run's card.
-
-    Args:
-      values: nested dict as made by `as_dict`, perhaps through JSON (lists for tuples).
+    """Settings from nested dicts as made by `as_dict`, perhaps through JSON (lists for tuples).
 
     Raises:
       ConfigError: a key is missing or unknown, or a value has the wrong type or range.
     """
-    return _check(_build(Config, values, ""))
+    return _check(_build(Config, values, "", None))
+
+
+def from_card(values: dict[str, Any]) -> Config:
+    """`from_dict` for a run's card: what it lacks, being older, is at its default; it says so."""
+    absent: list[str] = []
+    config = _check(_build(Config, values, "", absent))
+    if absent:
+        line = "the run has no %s yet: taken at the default"
+        logging.getLogger("eqst").warning(line, ", ".join(absent))
+    return config
 
 
 def validate(config: config_dict.ConfigDict) -> Config:
@@ -311,7 +319,7 @@ def validate(config: config_dict.ConfigDict) -> Config:
     return from_dict(config.to_dict())
 
 
-def _build(kind: type, values: Any, prefix: str) -> Any:
+def _build(kind: type, values: Any, prefix: str, absent: list[str] | None) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"config: {prefix[:-1]} is {values!r}, not a group of settings")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -321,11 +329,15 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
             raise ConfigError(f"config: no setting {prefix}{key}; there are {', '.join(fields)}")
     built = {}
     for name in fields:
-        if name not in values:
-            raise ConfigError(f"config: setting {prefix}{name} is missing")
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            built[name] = _build(typing.cast(type, hint), values[name], f"{prefix}{name}.")
+        if name not in values:
+            if absent is None:
+                raise ConfigError(f"config: setting {prefix}{name} is missing")
+            absent.append(f"{prefix}{name}")
+            built[name] = getattr(kind(), name)
+        elif dataclasses.is_dataclass(hint):
+            group = f"{prefix}{name}."
+            built[name] = _build(typing.cast(type, hint), values[name], group, absent)
         else:
             built[name] = _cast(hint, values[name], f"{prefix}{name}")
     return kind(**built)

@@ -1,12 +1,16 @@
 """The seal of a checkpoint: a file, written last, with checksums of all that lies beside it.
 
 Without it a folder is no checkpoint; with it, damage to any file is found before anything is read
-from them, and what is read can be compared with what was saved, leaf by leaf.
+from them, and what is read can be compared with what was saved, leaf by leaf. It also has a copy of
+the run's card, for when that is damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +18,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from eqst.card import FORMAT_VERSION, digest, to_json, write_whole
+from eqst import card as cards
+from eqst.card import CARD_NAME, FORMAT_VERSION, DamagedCard, digest, to_json, write_whole
 
 SEAL_NAME = "eqst.json"
 DAMAGED_NAME = "eqst.damaged.json"
+
+_log = logging.getLogger("eqst")
 
 
 class Damaged(Exception):
@@ -56,6 +63,50 @@ def read_seal(folder: epath.Path) -> dict[str, Any]:
         if digest(content) != expected:
             raise Damaged(f"{name} does not match its checksum")
     return seal["body"]
+
+
+def complete_steps(root: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, oldest first."""
+    if not root.is_dir():
+        return []
+    names = [folder.name for folder in root.iterdir() if folder.name.isdecimal()]
+    return sorted(int(name) for name in names if (root / name / SEAL_NAME).is_file())
+
+
+def read_card(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """A run's card; where config.json is damaged, the copy its newest checkpoint has.
+
+    Raises:
+      CheckpointError: as `eqst.card.read_card`, where no checkpoint has one either.
+    """
+    try:
+        return cards.read_card(workdir)
+    except DamagedCard as error:
+        for root in ("last", "best"):
+            folder = epath.Path(workdir) / "checkpoints" / root
+            for step in reversed(complete_steps(folder)):
+                with contextlib.suppress(Damaged):
+                    seal = read_seal(folder / str(step))
+                    if "card" in seal and seal["card"] is not None:
+                        _log.warning("%s; going on with that of step %d", error, step)
+                        return seal["card"]
+        raise
+
+
+def find_card(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """`read_card`, or None where nothing has been written yet."""
+    folder = epath.Path(workdir)
+    begun = (folder / CARD_NAME).is_file() or complete_steps(folder / "checkpoints" / "last")
+    return read_card(folder) if begun else None
+
+
+def mend_card(workdir: epath.Path) -> None:
+    """Writes a damaged or lost card again, from the newest checkpoint."""
+    try:
+        cards.read_card(workdir)
+    except DamagedCard:
+        with contextlib.suppress(DamagedCard):  # checkpoints of an older format have no copy
+            write_whole(workdir / CARD_NAME, to_json(read_card(workdir)))
 
 
 def leaf_facts(leaf: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pathlib
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,9 +27,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from eqst import batches, checkpoint, command, corpus, eq, mesh, objective, observe, predictor
-from eqst.card import CARD_NAME
-from eqst.config import Config, ConfigError, as_dict, validate
-from eqst.files import write_text
+from eqst.config import Config, ConfigError, as_dict, from_card, validate
+from eqst.record import Record, clock
 
 EXIT_INTERRUPTED = 75
 # Settings that may differ between two runs on one workdir without changing a result.
@@ -119,6 +119,17 @@ def train_step(
     return State(state.step + 1, params, opt_state, ema), terms
 
 
+def held_out_error_db(
+    config: Config,
+    params: predictor.Params,
+    normalisation: predictor.Normalisation,
+    valid: batches.Weighed,
+) -> jax.Array:
+    """[] mean shape error over the pairs that count, whatever fills up the devices."""
+    terms_B = _batch_terms(config, params, normalisation, valid.seen, None)
+    return jnp.sum(valid.weight_B * terms_B.shape_db)
+
+
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -133,47 +144,6 @@ def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif path not in FREE_KEYS and json.dumps(a) != json.dumps(b):
             lines.append(f"{path}: {a} -> {b}")
     return lines
-
-
-def _clock(seconds: float) -> str:
-    minutes, left = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
-
-
-class Record:
-    """metrics.jsonl of a run, TensorBoard if asked for, and the progress line."""
-
-    def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool, say: Callable):
-        self._path = workdir / "metrics.jsonl"
-        self._say = say
-        if self._path.exists():
-            # Lines past the checkpoint will be written again.
-            kept = [
-                line
-                for line in self._path.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-            write_text(self._path, "".join(f"{line}\n" for line in kept), overwrite=True)
-        self._board = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "config: train.tensorboard needs the extra: pip install 'eqst[tensorboard]'"
-                ) from None
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def say(self, text: str) -> None:
-        self._say(text)
 
 
 class _Signals:
@@ -193,9 +163,13 @@ class _Signals:
             signal.signal(number, handler)
 
     def stop_early(self) -> None:
-        """Between the steps of the start: leaves, with nothing new to save."""
-        if self.received:
-            raise Interrupted(f"{self.received}: stopped before training; the same command goes on")
+        """Between the stages of the start: leaves if any process was told to; nothing is new."""
+        if mesh.gathered(int(self.received is not None)).any():
+            raise Interrupted(f"{self.name()}: stopped before training; the same command goes on")
+
+    def name(self) -> str:
+        """What this process was told to stop by; it may have been another that was."""
+        return self.received or "another process was stopped"
 
     def _remember(self, number: int, _: object) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -220,9 +194,15 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
     workdir = pathlib.Path(workdir)
-    if (workdir / CARD_NAME).exists():
-        old = checkpoint.read_card(workdir)["config"]
-        changed = differing_keys(old, json.loads(json.dumps(as_dict(config))))
+    if jax.process_index() > 0:
+        say = _nothing
+    plain = json.loads(json.dumps(as_dict(config)))  # as the card has it
+    if len(set(mesh.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
+        raise ConfigError("the processes were started with different settings: give all the same")
+    card = checkpoint.find_card(workdir)
+    if card is not None:
+        old = as_dict(from_card(card["config"]))
+        changed = differing_keys(json.loads(json.dumps(old)), plain)
         if changed:
             raise ConfigError(
                 f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
@@ -254,7 +234,11 @@ def _run(
         if int(state.step) >= config.train.steps:
             say(f"finished: {workdir}")
             return state
-    recordings = corpus.open_corpus(config.data, "train", say)
+    recordings, choosing = mesh.together(
+        lambda: tuple(corpus.open_corpus(config.data, split, say) for split in ("train", "valid")),
+        ValueError,
+        OSError,
+    )
     say(
         f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min; "
         f"{devices.size} {devices.devices.flat[0].platform} device(s)"
@@ -267,32 +251,40 @@ def _run(
         table = dataclasses.asdict(eq.table(config.eq_table))
         card = {"config": as_dict(config), "normalisation": facts, "band_table": table}
         checkpoint.write_card(workdir, card)
-        state, normalisation = make_state(), jax.device_put(normalisation, rules.params)
+        state, normalisation = make_state(), mesh.copied(devices, normalisation)
         saved.save(0, _saved_tree(state, normalisation))
     signals.stop_early()
-    choosing = corpus.open_corpus(config.data, "valid", say)
     held_out = not set(choosing.talker_R) & set(recordings.talker_R)
-    valid = batches.valid_pairs(config, choosing)
-    valid = jax.device_put(valid, rules.params)
-    say(f"valid: {len(valid.label_BKP)} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
+    valid = batches.valid_pairs(config, choosing, devices)
+    say(f"valid: {config.train.eval_pairs} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
     record = Record(workdir, int(state.step), config.train.tensorboard, say)
     count = sum(x.size for x in jax.tree.leaves(state.params))
     say(f"network: {count:,} parameters")
 
-    @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
+    # That some process was told to stop comes out of the step as its loss does: the same for all.
+    @functools.partial(
+        jax.jit,
+        static_argnums=5,
+        donate_argnums=0,
+        out_shardings=(rules.params, rules.metrics, rules.metrics),
+    )
     def step_once(
-        state: State, normalisation: Any, batch: Any, constants: Any, which: int
-    ) -> tuple[State, objective.Terms]:
-        return train_step(config, state, normalisation, supply.see(batch, constants, which))
+        state: State, normalisation: Any, batch: Any, constants: Any, flag: Any, which: int
+    ) -> tuple[State, objective.Terms, jax.Array]:
+        seen = supply.see(batch, constants, which)
+        return *train_step(config, state, normalisation, seen), jnp.any(flag)
 
-    @jax.jit
-    def evaluate(params: predictor.Params, normalisation: Any, seen: batches.Seen) -> jax.Array:
-        return jnp.mean(_batch_terms(config, params, normalisation, seen, None).shape_db)
+    evaluate = jax.jit(functools.partial(held_out_error_db, config), out_shardings=rules.metrics)
 
     name = "valid_shape_db" if held_out else "train_exact_shape_db"
     start_step, lengths = int(state.step), len(config.data.segment_seconds)
     stream = supply.stream(start_step)
-    pending: list[tuple[int, objective.Terms]] = []
+    # Steps not yet in a line of the record; at first those from before an interruption.
+    unlogged: Any = saved.notes["unlogged"] if "unlogged" in saved.notes else []
+    pending: list[tuple[int, Any]] = [
+        (step, objective.Terms(*map(jnp.float32, terms))) for step, terms in unlogged
+    ]
+    flags, asked = mesh.flags(devices), np.asarray(False)
     waited, since, done_since = 0.0, time.monotonic(), 0
     began, first_step = time.monotonic(), start_step
     for step in range(start_step, config.train.steps):
@@ -300,10 +292,12 @@ def _run(
         batch = next(stream)
         waited += time.monotonic() - before
         which = step % lengths
-        state, terms = step_once(state, normalisation, batch, supply.constants, which)
+        asked_before, flag = asked, flags[signals.received is not None]
+        state, terms, asked = step_once(state, normalisation, batch, supply.constants, flag, which)
         # The step before is read while this one runs.
         if pending:
             _check_finite(*pending[-1])
+        leaving = bool(asked_before)
         pending.append((step, terms))
         done = step + 1
         done_since += 1
@@ -313,7 +307,10 @@ def _run(
         last = done == config.train.steps
         if done % config.train.log_every == 0 or last:
             _check_finite(step, terms)
-            means = jax.tree.map(lambda *x: float(np.mean(x)), *(terms for _, terms in pending))
+            means = jax.tree.map(
+                lambda *x: float(np.mean(np.asarray(x, np.float32))),
+                *(terms for _, terms in pending),
+            )
             now = time.monotonic()
             rate = done_since * config.train.batch_size / (now - since)
             left = (config.train.steps - done) * (now - began) / max(done - first_step, 1)
@@ -323,7 +320,7 @@ def _run(
             record.say(
                 f"step {done}/{config.train.steps}  loss {means.loss:.3f}  shape "
                 f"{means.shape_db:.3f} dB  {rate:,.0f} pairs/s  input wait {share:.0%}  "
-                f"left {_clock(left)}"
+                f"left {clock(left)}"
             )
             pending, waited, since, done_since = [], 0.0, now, 0
         if done % config.train.eval_every == 0 or last:
@@ -332,15 +329,20 @@ def _run(
             record.write(done, {name: error})
             record.say(f"step {done}  {name} {error:.3f}")
             saved.save_best(done, _saved_tree(state, normalisation)["params"], error)
-        if done % config.train.checkpoint_every == 0 or last or signals.received:
+        if done % config.train.checkpoint_every == 0 or last or leaving:
             _check_finite(step, terms)
             if not all_finite(state.params):
                 raise FloatingPointError(_diverged("a parameter is not finite", step))
-            saved.save(done, _saved_tree(state, normalisation))
-        if signals.received and not last:
-            raise Interrupted(f"{signals.received}: saved at step {done}; the same command resumes")
+            unlogged = [[step, [float(x) for x in terms]] for step, terms in pending]
+            saved.save(done, _saved_tree(state, normalisation), {"unlogged": unlogged})
+        if leaving and not last:
+            raise Interrupted(f"{signals.name()}: saved at step {done}; the same command resumes")
     say(f"finished: {workdir}")
     return state
+
+
+def _nothing(_: str) -> None:
+    """Says nothing: what every process but the first does with its progress."""
 
 
 def _saved_tree(state: State, normalisation: predictor.Normalisation) -> dict[str, Any]:
@@ -402,12 +404,21 @@ def define_flags() -> None:
 
 def main() -> None:
     """The command."""
+    mesh.join()
     try:
         config = validate(flags.FLAGS.config)
         train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
     except Interrupted as event:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except BaseException as error:
+        mesh.part()
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise OSError(
+                f"another process is gone ({str(error)[:120]}): start all of them again, "
+                "they go on from the last checkpoint"
+            ) from None
+        raise
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from eqst import batches, card, checkpoint, corpus, eq, predictor
-from eqst.config import Config, from_dict
+from eqst.config import Config, from_card
 from eqst.evidence import Evidence, evidence, stack
 
 
@@ -33,7 +33,7 @@ def open_run(workdir: str | os.PathLike[str]) -> Run:
 def from_loaded(loaded: card.Loaded) -> Run:
     """The same from anything that was loaded (a run's checkpoint or packaged weights)."""
     normalisation = predictor.Normalisation(**loaded.params["normalisation"])
-    config = from_dict(loaded.card["config"])
+    config = from_card(loaded.card["config"])
     return Run(config, loaded.params["network"], normalisation, loaded.step, loaded.card["commit"])
 
 

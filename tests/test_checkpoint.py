@@ -287,6 +287,8 @@ DAMAGES = {
     "flipped data": flip_data,
     "truncated data": lambda folder: truncate(data_file(folder)),
     "no data": lambda folder: remove(data_file(folder)),
+    "no folder of data": lambda folder: shutil.rmtree(folder / "state" / "d"),
+    "no state at all": lambda folder: shutil.rmtree(folder / "state"),
     "no manifest": lambda folder: remove(folder / "state" / "manifest.ocdbt"),
     "flipped seal": lambda folder: flip_bytes(folder / SEAL_NAME),
     "edited seal": edit_seal,

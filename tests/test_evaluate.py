@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqst import baselines, config, corpus, eq, evaluate, predictor, report, trials
+from eqst import baselines, batches, config, corpus, eq, evaluate, predictor, report, trials
 
 RATE = 44100
 
@@ -57,6 +57,20 @@ def test_pair_k_does_not_depend_on_how_many_are_asked(run, recordings):
     np.testing.assert_array_equal(few.input.power_db, more.input.power_db[:5])
     np.testing.assert_allclose(few.predicted.gain_db, more.predicted.gain_db[:5], atol=1e-5)
     assert len(few.talker_n) == 5 and len(few.audio) == 2
+
+
+def test_a_pairs_error_does_not_depend_on_the_chunk_it_is_rendered_in(run, recordings, monkeypatch):
+    """Every figure is a mean over these, so it is exact for any size of the last chunk."""
+    errors = []
+    for chunk in (8, 3):
+        monkeypatch.setattr(batches, "CHUNK", chunk)
+        made = trial(run, recordings, 10)
+        true = eq.from_unit(eq.PAPER, made.unit_nKP.astype(np.float64))
+        curves = [baselines.settings_curve(x, RATE) for x in (made.predicted, true)]
+        error_nF = curves[0] - curves[1]
+        errors.append(np.std(error_nF, axis=1))
+        assert len(errors[-1]) == len(made.audio) + 8 == 10
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-6)
 
 
 def test_talkers_come_in_turn(run, recordings):

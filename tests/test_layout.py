@@ -14,7 +14,7 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "files", "command", "mesh", "card", "seal", "checkpoint"),
+    *("config", "files", "command", "mesh", "card", "seal", "lock", "checkpoint"),
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
@@ -31,7 +31,7 @@ ORDER = (
         "resident",
         "predictor",
     ),
-    *("objective", "batches", "train"),
+    *("objective", "batches", "record", "train"),
     # what is done with it
     *("metrics", "bayes", "linear", "baselines", "trials", "report", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),

@@ -52,9 +52,9 @@ def silent(_: str) -> None:
     """Takes progress lines and keeps nothing."""
 
 
-def losses(workdir: Path) -> list[float]:
+def losses(workdir: Path, name: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[name] for row in rows if name in row]
 
 
 def final_params(workdir: Path) -> dict[str, np.ndarray]:
@@ -123,17 +123,23 @@ def test_it_learns(configure, cache, tmp_path):
 
 
 def test_loss_curve_is_the_same_on_1_2_and_4_devices(configure, cache, tmp_path):
-    curves = []
+    curves, held_out = [], []
     for devices in (1, 2, 4):
-        made = configure(TINY | POOLED | {"data.cache_dir": str(cache), "train.devices": devices})
-        train.train(made, tmp_path / str(devices), silent)
+        # 7 pairs to evaluate on divide by no number of devices.
+        changes = {"train.devices": devices, "train.eval_pairs": 7, "data.cache_dir": str(cache)}
+        train.train(configure(TINY | POOLED | changes), tmp_path / str(devices), silent)
         curves.append(losses(tmp_path / str(devices)))
-    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
-    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-5)
+        held_out.append(losses(tmp_path / str(devices), "valid_shape_db"))
+    assert len(held_out[0]) == 2
+    for curve, errors in zip(curves[1:], held_out[1:], strict=True):
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+        np.testing.assert_allclose(errors, held_out[0], rtol=1e-5)
 
 
 def test_stopping_between_checkpoints_resumes_bitwise(configure, cache, tmp_path, monkeypatch):
-    made = configure(TINY | POOLED | {"data.cache_dir": str(cache), "model.dropout": 0.2})
+    # Lines of the record, every 3 steps, are means over steps of both sides of the break at 2.
+    changes = {"data.cache_dir": str(cache), "model.dropout": 0.2, "train.log_every": 3}
+    made = configure(TINY | POOLED | changes)
     train.train(made, tmp_path / "whole", silent)
     real_check = train._check_finite
     calls = []

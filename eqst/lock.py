@@ -1,0 +1,42 @@
+"""One writer at a time: a lock on a run's folder that no end of a process leaves behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import IO
+
+from etils import epath
+
+from eqst.card import CheckpointError
+
+LOCK_NAME = "lock"
+
+
+def hold(folder: epath.Path) -> IO[str] | None:
+    """Locks a local folder until the file is closed or the process ends, however it ends."""
+    if "://" in os.fspath(folder):
+        return None  # buckets know no locks: there a launcher must see to it
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = open(folder / LOCK_NAME, "a+", encoding="utf-8")
+    try:
+        # A POSIX lock is not inherited by forked workers, which may outlive a killed trainer.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise CheckpointError(
+            f"{folder} is in use by {holder or 'another process'}: "
+            "wait for it, stop it, or choose another --workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock

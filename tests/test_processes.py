@@ -1,0 +1,282 @@
+"""Several processes as one: they train, stop, fail and evaluate as a single one does."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_train import CONFIGS, POOLED, TINY, losses, silent
+
+from eqst import batches, checkpoint, corpus, mesh, predictor, train
+
+STEPS = 48
+CHANGES = {
+    "train.steps": STEPS,
+    "train.eval_every": 16,
+    "train.eval_pairs": 7,  # divides by nothing
+    "train.checkpoint_every": 1000,
+}
+MEL = {"data.rendering": "device", "data.pipeline": "tfdata", "features.mel_bands": 32}
+# Sums over a batch in another order: 1e-7 a step, and the steps build on each other.
+SAME_CURVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def environments(cache: Path, count: int) -> list[dict[str, str]]:
+    """What each of `count` processes has to know."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return [os.environ | shared | {"JAX_PROCESS_ID": str(index)} for index in range(count)]
+
+
+@contextlib.contextmanager
+def started(words: list[str], cache: Path) -> Iterator[list[subprocess.Popen]]:
+    """The same command as two processes; none outlives the block."""
+    processes = [
+        subprocess.Popen(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for environment in environments(cache, 2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def train_words(workdir: Path, cache: Path, changes: dict) -> list[str]:
+    settings = TINY | CHANGES | {"data.cache_dir": str(cache)} | changes
+    values = [f"--config.{key}={value}" for key, value in settings.items()]
+    file = CONFIGS[0].with_name("db_mel_pm.py")
+    return [sys.executable, "-m", "eqst.train", f"--config={file}", f"--workdir={workdir}", *values]
+
+
+def settings_of(configure, cache: Path, changes: dict):
+    """The settings of `train_words` for this process, on one device."""
+    base = {"data.warp": 1.2, "data.curve_share": 0.5, "data.noise_share": 0.5}
+    base |= {"train.ema_decay": 0.995, "data.cache_dir": str(cache), "train.devices": 1}
+    return configure(TINY | base | CHANGES | changes)
+
+
+def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout without gloo's greeting, stderr) of each."""
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        said = "".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]"))
+        found.append((process.returncode, said, err))
+    return found
+
+
+def wait_for_line(process: subprocess.Popen, start: str) -> None:
+    """Reads what the process says up to a line that starts so."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(start):
+            return
+    raise AssertionError(f"it ended first: {''.join(seen)[-2000:]}")
+
+
+def assert_same_curve(one: Path, other: Path) -> None:
+    """Every figure of the two records but the times, step by step."""
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
+    ]
+    for left, right in zip(*rows, strict=True):
+        assert left.keys() == right.keys() and left["step"] == right["step"]
+        for name in left.keys() - {"pairs_per_s", "input_wait"}:
+            np.testing.assert_allclose(right[name], left[name], rtol=SAME_CURVE, err_msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", [POOLED, MEL], ids=["pooled-resident", "device-tfdata"])
+def test_two_processes_train_as_one_does(changes, configure, cache, tmp_path):
+    if changes is MEL:
+        pytest.importorskip("tensorflow", reason="tf.data needs the extra [data]")
+    train.train(settings_of(configure, cache, changes), tmp_path / "one", silent)
+    with started(train_words(tmp_path / "two", cache, changes), cache) as processes:
+        (first, out, err), (second, quiet, other) = ends(processes)
+    assert (first, second) == (0, 0), err + other
+    assert f"step {STEPS}/{STEPS}" in out and "2 cpu device(s)" in out
+    assert quiet == ""
+    assert "Traceback" not in err + other
+    assert changes is MEL or err + other == ""  # TensorFlow has its own things to say
+    assert len(losses(tmp_path / "two")) == STEPS
+    assert_same_curve(tmp_path / "one", tmp_path / "two")
+    # The one who looks at the run does not see how many trained it.
+    one, two = (checkpoint.load(tmp_path / name) for name in ("one", "two"))
+    assert one.step == two.step
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one.params, two.params
+    )
+
+
+@pytest.mark.long
+def test_stopped_in_two_it_ends_in_one_and_the_other_way_round(configure, cache, tmp_path):
+    whole, down, up = (tmp_path / name for name in ("whole", "down", "up"))
+    made = settings_of(configure, cache, POOLED)
+    train.train(made, whole, silent)
+
+    with started(train_words(down, cache, POOLED), cache) as processes:
+        wait_for_line(processes[0], "step 24/")
+        processes[1].send_signal(signal.SIGTERM)  # to one of them alone
+        results = ends(processes)
+    assert [code for code, _, _ in results] == [train.EXIT_INTERRUPTED] * 2, results
+    stopped = checkpoint.load(down, which="last").step
+    assert 24 <= stopped < STEPS
+    for (_, _, err), who in zip(results, ("another process was stopped", "SIGTERM"), strict=True):
+        assert err == f"{who}: saved at step {stopped}; the same command resumes\n"
+    shutil.copytree(down, tmp_path / "again")
+    lines: list[str] = []
+    train.train(made, down, lines.append)
+    assert f"resumed at step {stopped} of {STEPS}" in lines
+    assert_same_curve(whole, down)
+
+    def stop_at_24(line: str) -> None:
+        if line.startswith("step 24/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(train.Interrupted):
+        train.train(made, up, stop_at_24)
+    with started(train_words(up, cache, POOLED), cache) as processes:
+        results = ends(processes)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "resumed at step 2" in results[0][1]
+    assert_same_curve(whole, up)
+
+    # One of two dies: the other does not wait for it, and says what to do.
+    endless = POOLED | {"train.steps": 10**6, "train.eval_every": 10**6}
+    with started(train_words(tmp_path / "lost", cache, endless), cache) as processes:
+        wait_for_line(processes[0], "step 24/")
+        processes[1].kill()
+        (code, _, err), _ = ends(processes)
+    assert code == 1 and len(err.splitlines()) == 1, err
+    assert err.startswith("eqst.train: another process is gone (") and "start all of them" in err
+
+
+@pytest.mark.long
+def test_both_are_refused_and_neither_waits_for_the_other(cache, tmp_path):
+    checkpoint.write_card(tmp_path, {"config": {"seed": 1}, "normalisation": {}, "band_table": []})
+    with started(train_words(tmp_path, cache, POOLED), cache) as processes:
+        results = ends(processes)
+    for code, out, err in results:
+        assert code == 1 and out == "" and "holds a run with other settings (" in err
+        assert err.splitlines()[-1].startswith("eqst.train: ") and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+EVALUATE = """
+import sys
+from test_processes import held_out_errors
+from eqst import mesh
+from eqst.config import from_dict
+import json
+mesh.join()
+print(json.dumps(held_out_errors(from_dict(json.loads(sys.argv[1])), 0)))
+"""
+COUNTS = (5, 7)  # neither divides by 2
+
+
+def held_out_errors(made, devices: int) -> list[float]:
+    """The validation figure of fresh parameters for several numbers of pairs."""
+    import dataclasses
+
+    on = mesh.make_mesh(devices or None)
+    recordings = corpus.open_corpus(made.data, "valid", silent)
+    params = mesh.copied(on, jax.tree.map(np.asarray, predictor.init(made, jax.random.key(3))))
+    normalisation = mesh.copied(on, predictor.Normalisation(np.float32(-30.0), np.float32(20.0)))
+    found = []
+    for count in COUNTS:
+        one = dataclasses.replace(made, train=dataclasses.replace(made.train, eval_pairs=count))
+        valid = batches.valid_pairs(one, recordings, on)
+        error = jax.jit(train.held_out_error_db, static_argnums=0)(
+            one, params, normalisation, valid
+        )
+        found.append(float(error))
+    return found
+
+
+@pytest.mark.long
+def test_the_validation_figure_is_exact_for_any_number_of_devices(configure, cache):
+    made = settings_of(configure, cache, POOLED)
+    recordings = corpus.open_corpus(made.data, "valid", silent)
+    whole = batches.valid_pairs(made, recordings, mesh.make_mesh(1)).seen
+    params = predictor.init(made, jax.random.key(3))
+    normalisation = predictor.Normalisation(np.float32(-30.0), np.float32(20.0))
+    each_B = train._batch_terms(made, params, normalisation, whole, None).shape_db
+    by_hand = [float(np.mean(each_B[:count])) for count in COUNTS]
+    for devices in (1, 2, 4):
+        np.testing.assert_allclose(held_out_errors(made, devices), by_hand, rtol=1e-6)
+
+
+@pytest.mark.long
+def test_the_validation_figure_is_exact_for_two_processes(configure, cache):
+    from eqst.config import as_dict
+
+    made = settings_of(configure, cache, POOLED)
+    words = [sys.executable, "-c", EVALUATE, json.dumps(as_dict(made))]
+    environment = os.environ["PYTHONPATH"] if "PYTHONPATH" in os.environ else ""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment])
+    try:
+        with started(words, cache) as processes:
+            results = ends(processes)
+    finally:
+        os.environ["PYTHONPATH"] = environment
+    for code, out, err in results:
+        assert code == 0, err[-2000:]
+        np.testing.assert_allclose(json.loads(out), held_out_errors(made, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES is set and JAX_COORDINATOR_ADDRESS, JAX_P"),
+        ({"JAX_COORDINATOR_ADDRESS": "here"}, "is 'here': give host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "here:"}, "is 'here:': give host:port"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is '2' of JAX_NUM_PROCESSES '2'"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1' of JAX_NUM_PROCESSES '2'"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES 'two': the processes are numbered"),
+    ],
+)
+def test_an_environment_that_is_no_whole_is_refused(given, said, monkeypatch):
+    whole = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    for name, value in (given if "is set" in said else whole | given).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        mesh.join()
+
+
+def test_one_process_alone_has_nothing_to_join_or_to_agree_on(monkeypatch):
+    for name in mesh.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    mesh.join()
+    assert jax.process_count() == 1
+    assert mesh.gathered(7).tolist() == [7]
+    assert mesh.together(lambda: 5, ValueError) == 5
+    with pytest.raises(KeyError):
+        mesh.together(lambda: {}["x"], ValueError)
