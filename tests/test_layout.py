@@ -110,6 +110,8 @@ def test_module_is_short_and_named_for_something(path: Path) -> None:
 @pytest.mark.parametrize("path", package_files(), ids=module_name)
 def test_flags_live_in_entry_points_only(path: Path) -> None:
     names = set(imports(path))
+    if module_name(path) == "command":  # defines none, and parses everyone's
+        return
     if any(name.startswith(("absl.flags", "ml_collections.config_flags")) for name in names):
         assert '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 
