@@ -300,18 +300,19 @@ def _define_flags() -> None:
     flags.DEFINE_string("output", None, "folder for accuracy.json; it is made", required=True)
     flags.DEFINE_integer("bands", 100_000, "random bands of each kind at each rate", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the random bands", lower_bound=0)
+    flags.DEFINE_bool("overwrite", False, "replace an accuracy.json that is already there")
     flags.DEFINE_multi_enum("section", None, list(SECTIONS), "only this one (may be repeated)")
 
 
 def _body() -> None:
     values = flags.FLAGS
-    output = files.result_folder(values.output, "accuracy.json", overwrite=True)
-    chosen = values.section or list(SECTIONS)
-    sections = {name: SECTIONS[name](values.bands, values.seed) for name in chosen}
-    print(table(sections))
-    about = {"bands": values.bands, "seed": values.seed, "jax": jax.__version__}
-    about["device"] = jax.devices()[0].device_kind
-    files.write_json(output / "accuracy.json", {**about, "sections": sections})
+    with files.result_folder(values.output, "accuracy.json", overwrite=values.overwrite) as output:
+        chosen = values.section or list(SECTIONS)
+        sections = {name: SECTIONS[name](values.bands, values.seed) for name in chosen}
+        print(table(sections))
+        about = {"bands": values.bands, "seed": values.seed, "jax": jax.__version__}
+        about["device"] = jax.devices()[0].device_kind
+        files.write_json(output / "accuracy.json", {**about, "sections": sections})
     if not all(passes(row) for rows in sections.values() for row in rows):
         sys.exit("eqst.accuracy: a row exceeds its limit (FAILS above)")
 

@@ -62,7 +62,12 @@ def _define_flags() -> None:
 
 def run(output: str, names: list[str], size: Size, *, overwrite: bool, say: Say = print) -> None:
     """What the command does; results are written after every section."""
-    folder = files.result_folder(output, "benchmark.json", overwrite=overwrite)
+    results = ("benchmark.json", "benchmark.png")
+    with files.result_folder(output, *results, overwrite=overwrite) as folder:
+        _run_into(folder, names, size, say)
+
+
+def _run_into(folder: pathlib.Path, names: list[str], size: Size, say: Say) -> None:
     about: dict[str, Any] = {"command": command.line("eqst.benchmark"), "commit": card.commit()}
     about |= {"size": size._asdict(), "machine": _machine(), "versions": card.versions()}
     done: dict[str, Section] = {}

@@ -39,6 +39,7 @@ from eqst.trials import Run, Trial, open_run, run_trial
 
 PROTOCOLS = ("plain", "coloured")
 AUDIO_PAIRS = 200
+RESULTS = ("results.json", "table.txt", "error_seconds.png")
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -279,7 +280,11 @@ def main() -> None:
     say = functools.partial(print, flush=True)
     if options.split not in ("dev", "valid"):
         raise ValueError(f"--split={options.split}: choose dev or valid")
-    output = result_folder(options.output, "results.json", overwrite=options.overwrite)
+    with result_folder(options.output, *RESULTS, overwrite=options.overwrite) as output:
+        _evaluate_into(output, options, say)
+
+
+def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None]) -> None:
     run = open_run(options.workdir)
     spec = run.config.evaluation
     if options.pairs:
@@ -320,7 +325,10 @@ def main() -> None:
     text = report.table_text(results)
     write_text(output / "table.txt", text)
     say("\n" + text)
-    report.error_against_seconds(results, output / "error_seconds.png")
+    try:
+        report.error_against_seconds(results, output / "error_seconds.png")
+    except ImportError as error:
+        say(f"note: no picture, {error}")
     say(f"results: {output}")
 
 

@@ -1,9 +1,12 @@
 """Writing files so that they appear whole or not at all, and the one error users see."""
 
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +44,6 @@ def write_atomically(
     try:
         # Not tempfile: its files are private to the user, and the finished file should not be.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except OSError as error:
-        raise AudioError(
-            f"{os.fspath(path)!r} cannot be written: folder {str(target.parent)!r} does not take "
-            f"files ({error.strerror}): choose another"
-        ) from None
-    try:
         result = write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -65,21 +62,80 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "eqst"
 
 
-def result_folder(folder: str | os.PathLike[str], name: str, *, overwrite: bool) -> Path:
-    """A command's output folder, made if missing; refused early if its result is there already.
+@contextlib.contextmanager
+def result_folder(folder: str | os.PathLike[str], *names: str, overwrite: bool) -> Iterator[Path]:
+    """A command's output folder, made if missing, and tried before the work starts.
+
+    Where the work fails, the folders that were made for it go again, if nothing is in them.
+
+    Args:
+      folder: where results go.
+      names: of the result files.
+      overwrite: False refuses a folder that has one of them.
 
     Raises:
-      AudioError: `name` is in it and `overwrite` is false.
+      AudioError: a result is there already (without overwrite); the folder cannot be made or
+        takes no files.
     """
-    made = Path(folder)
-    made.mkdir(parents=True, exist_ok=True)
-    check_target(made / name, overwrite=overwrite)
-    return made
+    made, name = Path(folder), repr(os.fspath(folder))
+    missing = []
+    try:
+        missing = [path for path in (made, *made.parents) if not path.exists()]
+        made.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=made).close()
+    except FileExistsError:
+        raise AudioError(f"{name} is a file: name a folder for the results") from None
+    except OSError as error:
+        raise AudioError(
+            f"{name} cannot hold results ({error.strerror}): name another folder"
+        ) from None
+    try:
+        for result in names:
+            check_target(made / result, overwrite=overwrite)
+        yield made
+    except BaseException:
+        for path in missing:  # the deepest first; one that is not empty ends it
+            try:
+                path.rmdir()
+            except OSError:
+                break
+        raise
+
+
+def native(path: str | os.PathLike) -> str | bytes:
+    """A path as soundfile opens it whatever its bytes: it would take them for text."""
+    return os.fspath(path) if os.name == "nt" else os.fsencode(path)
+
+
+_MUTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Drops what C libraries write to the process's stderr; Python's own writing as well."""
+    with _MUTING:  # two at once could take the null device for the original
+        try:
+            original = os.dup(2)
+        except OSError:  # closed: there is nothing to mute
+            yield
+            return
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, 2)
+            yield
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+            os.close(null)
 
 
 def check_target(path: str | os.PathLike, *, overwrite: bool) -> None:
     """Raises AudioError where `path` may not be written: before work starts, not after it."""
     target, name = Path(os.path.realpath(path)), repr(os.fspath(path))
+    try:
+        target.exists()  # a name that is too long, say
+    except OSError as error:
+        raise AudioError(f"{name} cannot be written ({error.strerror}): name another") from None
     if not target.parent.is_dir():
         raise AudioError(f"{name} cannot be written: no folder {str(target.parent)!r}: create it")
     if target.is_dir():
@@ -90,6 +146,13 @@ def check_target(path: str | os.PathLike, *, overwrite: bool) -> None:
         raise AudioError(
             f"{name} exists already: choose another name or allow overwriting (--overwrite)"
         )
+    try:  # permissions say little: to root nothing, of a read-only disk nothing
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise AudioError(
+            f"{name} cannot be written: folder {str(target.parent)!r} does not take files "
+            f"({error.strerror}): choose another"
+        ) from None
 
 
 def write_json(path: str | os.PathLike, content: Any, *, overwrite: bool = True) -> None:

@@ -50,7 +50,7 @@ def error_against_seconds(results: dict[str, Any], path: str | os.PathLike[str])
     """Draws shape error against the length of both recordings, one panel per protocol.
 
     Raises:
-      ValueError: matplotlib (the extra [report]) is not installed.
+      ImportError: matplotlib (the extra [report]) is not installed.
     """
     new_figure = _figure_class()
     protocols = [name for name, by_length in results["figures"].items() if by_length]
@@ -117,5 +117,5 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("pictures need the extra: pip install 'eqst[report]'") from None
+        raise ImportError("pictures need the extra: pip install 'eqst[report]'") from None
     return Figure

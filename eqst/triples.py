@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from eqst import audio, biquad, command, eq, evaluate, match, metrics, render
+from eqst import analysis, audio, biquad, command, eq, evaluate, match, metrics, render
 from eqst.evidence import band_hz, evidence
 from eqst.files import result_folder, write_json, write_text
 
@@ -39,8 +39,10 @@ def find(folder: pathlib.Path) -> list[Triple]:
     """Every triple under a folder, by set.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the folder is none.
     """
+    if not folder.is_dir():
+        raise ValueError(f"--data={folder} is not a folder: give one of NAME_input.. files")
     triples = []
     for path in sorted(folder.rglob("*_input.*")):
         stem = path.stem.removesuffix("_input")
@@ -57,13 +59,22 @@ def find(folder: pathlib.Path) -> list[Triple]:
             group = str(path.parent.relative_to(folder) / kind)
             triples.append(Triple(group, stem, path, reference, other))
     if not triples:
-        raise ValueError(f"{folder}: no NAME_input, NAME_reference, NAME_estimated files in it")
+        raise ValueError(
+            f"{folder}: no NAME_input, NAME_reference, NAME_estimated files in it: name them so"
+        )
     return triples
 
 
 def judge(triple: Triple, matcher: match.Matcher) -> dict[str, dict[str, float]]:
-    """LTAS distance to the reference of each answer, in dB, by kind of LTAS."""
-    sounds = [audio.read(path) for path in (triple.input, triple.reference, triple.other)]
+    """LTAS distance to the reference of each answer, in dB, by kind of LTAS.
+
+    Raises:
+      AudioError: a file cannot be read, is too short, silent or too quiet.
+    """
+    paths = (triple.input, triple.reference, triple.other)
+    sounds = [audio.read(path) for path in paths]
+    for path, sound in zip(paths, sounds, strict=True):
+        analysis.from_array(sound.samples_TC, sound.sample_rate, repr(str(path)))
     rate = sounds[0].sample_rate
     input_T, reference_T, other_T = (
         audio.resample(audio.to_mono(sound.samples_TC), sound.sample_rate, rate).astype(np.float64)
@@ -92,11 +103,10 @@ def judge(triple: Triple, matcher: match.Matcher) -> dict[str, dict[str, float]]
 
 
 def run(
-    folder: pathlib.Path, matcher: match.Matcher, say: Callable[[str], None] = print
+    triples: list[Triple], matcher: match.Matcher, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Distances per example and their means per set."""
     examples: list[dict[str, Any]] = []
-    triples = find(folder)
     for done, triple in enumerate(triples, start=1):
         examples.append({"set": triple.group, "name": triple.name, **judge(triple, matcher)})
         say(f"{done} of {len(triples)}: {triple.group}, {triple.name}")
@@ -147,11 +157,13 @@ def main() -> None:
     """The command."""
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
-    output = result_folder(options.output, "triples.json", overwrite=options.overwrite)
-    results = run(pathlib.Path(options.data), match.Matcher.load(options.workdir), say)
-    results = {"command": command.line("eqst.triples"), "machine": evaluate.machine(), **results}
-    write_json(output / "triples.json", results)
-    write_text(output / "triples.txt", table_text(results))
+    names = ("triples.json", "triples.txt")
+    with result_folder(options.output, *names, overwrite=options.overwrite) as output:
+        triples = find(pathlib.Path(options.data))
+        results = run(triples, match.Matcher.load(options.workdir), say)
+        about = {"command": command.line("eqst.triples"), "machine": evaluate.machine()}
+        write_json(output / names[0], {**about, **results})
+        write_text(output / names[1], table_text(results))
     say("\n" + table_text(results))
 
 

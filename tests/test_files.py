@@ -133,9 +133,25 @@ def test_the_file_has_the_permissions_of_an_ordinary_one(tmp_path):
 
 
 def test_a_result_folder_is_made_and_its_result_protected(tmp_path):
-    made = result_folder(tmp_path / "a" / "b", "results.json", overwrite=False)
-    assert made.is_dir()
-    (made / "results.json").write_text("{}")
-    with pytest.raises(AudioError, match="results.json"):
-        result_folder(made, "results.json", overwrite=False)
-    assert result_folder(made, "results.json", overwrite=True) == made
+    with result_folder(tmp_path / "a" / "b", "results.json", "x.txt", overwrite=False) as made:
+        (made / "x.txt").write_text("{}")
+    with pytest.raises(AudioError, match=r"x\.txt' exists already"):
+        with result_folder(made, "results.json", "x.txt", overwrite=False):
+            raise AssertionError("entered")
+    with result_folder(made, "x.txt", overwrite=True) as again:
+        assert again == made == tmp_path / "a" / "b"
+    assert listing(made) == ["x.txt"]
+
+
+def test_work_that_fails_leaves_no_folder_that_was_made_for_it(tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder in ("a/b/c", "old", "old/d"):
+        with pytest.raises(KeyboardInterrupt):
+            with result_folder(tmp_path / folder, "x", overwrite=False):
+                raise KeyboardInterrupt
+    assert listing(tmp_path) == ["old"] and not listing(tmp_path / "old")
+    with pytest.raises(KeyboardInterrupt):
+        with result_folder(tmp_path / "a" / "b", "x", overwrite=False) as made:
+            (made / "half").write_text("kept: it may be worth something")
+            raise KeyboardInterrupt
+    assert listing(tmp_path / "a" / "b") == ["half"]
