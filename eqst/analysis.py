@@ -15,6 +15,7 @@ from eqst.audio import AudioError
 
 MIN_SECONDS = 1.0
 MIN_LUFS = -60.0
+MAX_PEAK = 1e12  # integers of 32 bits stored as floats are far under it; it leaves float32 room
 MAX_SECONDS = 300.0
 WINDOWS = 10
 TARGET_LUFS = -23.0
@@ -44,13 +45,13 @@ def from_file(path: str | os.PathLike) -> Recording:
     """Checks and measures a file in one streaming pass.
 
     Raises:
-      AudioError: as `audio.scan`; shorter than 1 s; silent; below -60 LUFS.
+      AudioError: as `audio.scan`; shorter than 1 s; silent; DC; below -60 LUFS.
     """
     name = repr(os.fspath(path))
     header = audio.info(path)
     check_usable(name, header.seconds)
     scan = audio.scan(path)
-    check_usable(name, scan.info.seconds, scan.loudness_lufs)
+    check_usable(name, scan.info.seconds, scan.loudness_lufs, scan.constant, scan.peak)
 
     def mono(start: int, frames: int) -> Iterator[np.ndarray]:
         for block_TC in audio.stream(path, start=start, frames=frames):
@@ -63,12 +64,16 @@ def from_array(samples: np.ndarray, sample_rate: int, name: str) -> Recording:
     """Checks and measures [samples] or [samples, channels] in memory.
 
     Raises:
-      AudioError: as `audio.as_samples`; shorter than 1 s; silent; below -60 LUFS.
+      AudioError: as `audio.as_samples`; shorter than 1 s; silent; DC; below -60 LUFS.
     """
     samples_TC = audio.as_samples(samples, sample_rate, name)
     check_usable(name, len(samples_TC) / sample_rate)
     level = loudness.loudness_lufs(samples_TC, sample_rate)
-    check_usable(name, len(samples_TC) / sample_rate, level)
+    constant = audio.is_constant(
+        samples_TC.var(axis=0, dtype=np.float64), samples_TC.mean(axis=0, dtype=np.float64)
+    )
+    peak = float(max(samples_TC.max(), -samples_TC.min()))
+    check_usable(name, len(samples_TC) / sample_rate, level, constant, peak)
     mono_T = audio.to_mono(samples_TC)
 
     def mono(start: int, frames: int) -> Iterator[np.ndarray]:
@@ -113,12 +118,28 @@ def windows(frames: int, sample_rate: int) -> list[tuple[int, int]]:
     return [(i * (frames - length) // (WINDOWS - 1), length) for i in range(WINDOWS)]
 
 
-def check_usable(name: str, seconds: float, level_lufs: float | None = None) -> None:
-    """Raises AudioError where a recording is too short or (level given) too quiet to compare."""
+def check_usable(
+    name: str,
+    seconds: float,
+    level_lufs: float | None = None,
+    constant: bool = False,
+    peak: float = 0.0,
+) -> None:
+    """Raises AudioError where a recording is too short or (level given) cannot be compared: silent,
+    too quiet, an offset without sound, or beyond what any format's samples reach."""
     if seconds < MIN_SECONDS:
         raise AudioError(
             f"{name} lasts {seconds:.2f} s: at least {MIN_SECONDS:g} s are needed, 10 s or more "
             "match better"
+        )
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{name} has samples up to {peak:.2g}, where full scale is 1: it is damaged, or of "
+            "another sample format than its header says: export it again"
+        )
+    if constant:
+        raise AudioError(
+            f"{name} holds a constant offset (DC) and no sound: give a recording with sound"
         )
     if level_lufs is None:
         return

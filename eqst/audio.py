@@ -5,16 +5,20 @@ blocks, so nothing here needs memory that grows with the length of a recording, 
 Every mistake a user can make ends in one `AudioError` line: the value, the bound, the way out.
 """
 
+import contextlib
 import dataclasses
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import soundfile
 
+from eqst import files
 from eqst.files import AudioError, check_target, write_atomically, write_json, write_text
 from eqst.loudness import (
     LoudnessMeter,
@@ -37,6 +41,7 @@ __all__ = [
     "check_target",
     "gated_loudness_lufs",
     "info",
+    "is_constant",
     "k_weighted_power",
     "loudness_lufs",
     "mono_weights",
@@ -53,6 +58,12 @@ __all__ = [
 
 SAMPLE_RATE_LOW, SAMPLE_RATE_HIGH = 8_000, 192_000
 _UNKNOWN_FRAMES = 2**62  # libsndfile's answer where a header has no length
+# A data chunk's size in libsndfile's log of a header, the length of the whole file there, and the
+# size from which on it stands for "not known yet" (written through a pipe). Some programs count
+# the header as data.
+_DATA_BYTES = re.compile(r"^\s*(?:data|ssnd|data size)\s*:\s*(\d+)\b", re.IGNORECASE | re.MULTILINE)
+_FILE_BYTES = re.compile(r"^Length : (\d+)$", re.MULTILINE)
+_UNKNOWN_BYTES, _SLACK_BYTES = 2**31 - 2**12, 1024
 # An encoder's delay and padding make the length in an MP3 header uncertain by a few MPEG frames.
 _MPEG_SLACK_FRAMES = 4 * 1152
 
@@ -89,12 +100,14 @@ class AudioScan:
       peak: largest absolute sample, 1.0 is full scale.
       power_J: [J] K-weighted mean square per 100 ms (see `k_weighted_power`).
       mono_weights_C: [C] the channel weights that make the file mono (see `mono_weights`).
+      constant: nothing but an offset (see `is_constant`).
     """
 
     info: AudioInfo
     peak: float
     power_J: np.ndarray
     mono_weights_C: np.ndarray
+    constant: bool
 
     @property
     def loudness_lufs(self) -> float:
@@ -125,12 +138,16 @@ def open_audio(path: str | os.PathLike) -> soundfile.SoundFile:
     if not os.access(path, os.R_OK):
         raise AudioError(f"{name} may not be read (permission denied): change its permissions")
     try:
-        file = soundfile.SoundFile(path)
+        with files.muted_stderr():  # libmpg123 comments on whatever it takes for an MP3
+            file = soundfile.SoundFile(files.native(path))
     # TypeError is soundfile's answer to header-less formats, which it knows by their extension.
     except (soundfile.SoundFileError, TypeError) as error:
+        # What looks like an MP3 and is none "does not exist", says libsndfile; it does.
+        reason = _one_line(error).removeprefix(f"Error opening {files.native(path)!r}: ")
+        reason = "unknown content" if "does not exist" in reason else reason
         raise AudioError(
-            f"{name} is not audio that libsndfile reads ({_one_line(error)}): convert it to WAV or "
-            "FLAC first, for example with ffmpeg"
+            f"{name} is not audio that libsndfile reads ({reason}): convert it to WAV or FLAC "
+            "first, for example with ffmpeg"
         ) from None
     rate = file.samplerate
     if not SAMPLE_RATE_LOW <= rate <= SAMPLE_RATE_HIGH:
@@ -145,10 +162,26 @@ def open_audio(path: str | os.PathLike) -> soundfile.SoundFile:
             f"{name} does not say how long it is (written through a pipe?): write it to a file "
             "again, for example with ffmpeg or flac"
         )
+    said, there = _data_bytes(file)
+    if there + _SLACK_BYTES < said < _UNKNOWN_BYTES:
+        file.close()
+        raise AudioError(
+            f"{name} is cut short: its header says {said} bytes of audio, the file has {there}: "
+            "copy or export it again"
+        )
     if file.frames == 0:
         file.close()
         raise AudioError(f"{name} holds no samples (0 frames): export it again")
     return file
+
+
+def _data_bytes(file: soundfile.SoundFile) -> tuple[int, int]:
+    """Bytes of samples by the header (0: it does not say), and bytes of the whole file.
+
+    libsndfile shortens the former to what is there, and says so in its log alone.
+    """
+    said, there = (pattern.findall(file.extra_info) for pattern in (_DATA_BYTES, _FILE_BYTES))
+    return max(map(int, said), default=0), max(map(int, there), default=0)
 
 
 def info(path: str | os.PathLike) -> AudioInfo:
@@ -209,14 +242,17 @@ def stream(
     name = repr(os.fspath(path))
     with open_audio(path) as file:
         rate, total = file.samplerate, file.frames
+        muted = files.muted_stderr if file.format == "MP3" else contextlib.nullcontext
         block_frames = block_frames or block_frames_for(file.channels)
         wanted = total - start if frames is None else frames
         position, end = start, start + wanted
         try:
             if start:
-                file.seek(start)
+                with muted():
+                    file.seek(start)
             while position < end:
-                block_TC = file.read(min(block_frames, end - position), dtype, always_2d=True)
+                with muted():
+                    block_TC = file.read(min(block_frames, end - position), dtype, always_2d=True)
                 if not len(block_TC):
                     break
                 _check_finite(block_TC, name, rate, offset=position)
@@ -250,11 +286,13 @@ def scan(path: str | os.PathLike) -> AudioScan:
         sum_C, gram_CC = sum_C + _sum(block_TC), gram_CC + _gram(block_TC)
         frames += len(block_TC)
         peak = max(peak, float(block_TC.max()), -float(block_TC.min()))
+    covariance_CC = _covariance(sum_C, gram_CC, frames)
     return AudioScan(
         info=dataclasses.replace(header, frames=frames),
         peak=peak,
         power_J=meter.power(),
-        mono_weights_C=mono_weights(_covariance(sum_C, gram_CC, frames)),
+        mono_weights_C=mono_weights(covariance_CC),
+        constant=is_constant(np.diag(covariance_CC), sum_C / frames),
     )
 
 
@@ -321,6 +359,15 @@ def mono_weights(covariance_CC: np.ndarray) -> np.ndarray:
     return np.full(channels, 1.0 / channels)
 
 
+def is_constant(variance_C: npt.ArrayLike, mean_C: npt.ArrayLike) -> bool:
+    """Whether all there is is an offset: sound 90 dB under it is its dither or rounding.
+
+    The jump at its start passes for loudness, so that a meter alone does not tell.
+    """
+    offset = float(np.sum(np.square(mean_C)))
+    return offset > 0 and float(np.sum(variance_C)) <= 1e-9 * offset
+
+
 def to_mono(samples_TC: np.ndarray) -> np.ndarray:
     """Mono mix of [T, C] samples, [T]: the mean, or the loudest channel (see `mono_weights`)."""
     if samples_TC.shape[1] == 1:
@@ -382,8 +429,9 @@ def _info(file: soundfile.SoundFile, path: str | os.PathLike) -> AudioInfo:
 
 def _check_finite(samples_TC: np.ndarray, name: str, sample_rate: int, *, offset: int) -> None:
     # The sum of finite samples is finite (float64), and costs a fraction of np.isfinite().all().
-    if np.isfinite(samples_TC.sum(dtype=np.float64)):
-        return
+    with np.errstate(all="ignore"):  # infinities of both signs, and NaNs of every kind
+        if np.isfinite(samples_TC.sum(dtype=np.float64)):
+            return
     bad_T = ~np.isfinite(samples_TC).all(axis=1)
     if bad_T.any():
         seconds = (offset + int(np.argmax(bad_T))) / sample_rate

@@ -3,7 +3,9 @@
 matplotlib (extra [report]) is imported when a picture is drawn, not before.
 """
 
+import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,16 +64,24 @@ def draw(path: str | os.PathLike, scene: Scene, *, overwrite: bool = True) -> No
     _draw_spectra(top, scene)
     _draw_equaliser(bottom, scene.settings)
     top.set_title(
-        f"{scene.input_name}  →  {scene.reference_name}",
+        f"{_shown(scene.input_name)}  →  {_shown(scene.reference_name)}",
         loc="left", fontsize=12, color=_INK, parse_math=False,
     )  # fmt: skip
     for axes in (top, bottom):
         _style(axes)
     bottom.set_xlabel("frequency (Hz)", color=_FAINT)
     suffix = Path(path).suffix.lower()
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format=suffix[1:]), overwrite=overwrite
-    )
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes, and no reason to worry anyone.
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
+        save = functools.partial(figure.savefig, format=suffix[1:])
+        write_atomically(path, save, overwrite=overwrite)
+
+
+def _shown(name: str) -> str:
+    """A file's name as text that can be drawn: names are bytes, which need not be text."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def spectrum_db(audio_T: np.ndarray, sample_rate: int, top_hz: float) -> tuple[Any, Any]:

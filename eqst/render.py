@@ -14,6 +14,7 @@ import soundfile
 
 from eqst import audio, biquad, eq
 from eqst.audio import AudioError, AudioInfo
+from eqst.files import native
 from eqst.loudness import flush_denormals
 
 CLIP_POLICIES = ("preamp", "float")
@@ -159,7 +160,7 @@ def render_file(
         if not measured.fits:
             preamp_db = PEAK_TARGET_DBFS - _dbfs(measured.peak)
             _write_pass(source, temporary, container, subtype, sos_K6, preamp_db, block_frames)
-        written = soundfile.info(temporary)
+        written = soundfile.info(native(temporary))
         if (written.frames, written.channels) != (measured.frames, source.channels):
             raise AudioError(
                 f"{os.fspath(output)!r}: {container} {subtype} kept {written.frames} of "
@@ -270,7 +271,7 @@ def _create(
     source: AudioInfo, temporary: Path, container: str, subtype: str
 ) -> soundfile.SoundFile:
     out = soundfile.SoundFile(
-        temporary,
+        native(temporary),
         "w",
         samplerate=source.sample_rate,
         channels=source.channels,
@@ -279,7 +280,7 @@ def _create(
         compression_level=_LOSSY_COMPRESSION if subtype in _LOSSY else None,
     )
     if container in _TAGGED:
-        with soundfile.SoundFile(source.path) as original:
+        with audio.open_audio(source.path) as original:
             tags = original.copy_metadata()
         for name, text in tags.items():
             if text and name != "software":  # libsndfile names itself there

@@ -144,13 +144,28 @@ def test_broken_files_say_what_is_wrong_in_one_line(tmp_path):
             assert one_line(caught) and name in str(caught.value), name
 
 
-def test_a_truncated_wav_is_read_as_far_as_it_goes(tmp_path):
-    """libsndfile corrects the header of PCM files, and what there is is whole samples."""
-    samples_TC = tone(8000, 2)
-    soundfile.write(tmp_path / "a.wav", samples_TC, 8000, subtype="PCM_16")
-    data = (tmp_path / "a.wav").read_bytes()
-    (tmp_path / "a.wav").write_bytes(data[: 44 + 4000 * 4])
-    assert abs(audio.scan(tmp_path / "a.wav").info.frames - 4000) <= 1
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64"])
+def test_a_truncated_file_of_samples_is_refused(container, tmp_path):
+    """libsndfile would shorten it without a word: half a recording would pass for the whole."""
+    path = tmp_path / "a.audio"
+    soundfile.write(path, tone(8000, 2), 8000, subtype="PCM_16", format=container)
+    assert audio.info(path).frames == 8000
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 16000])
+    with pytest.raises(
+        AudioError, match=r"cut short: its header says 320\d\d bytes of audio"
+    ) as caught:
+        audio.info(path)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024, 32036])
+def test_a_wav_written_through_a_pipe_or_by_a_careless_program_is_whole(size, tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(8000, 2), 8000, subtype="PCM_16")
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[40:44] = size.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    assert audio.scan(tmp_path / "a.wav").info.frames == 8000
 
 
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
