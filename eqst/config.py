@@ -182,7 +182,7 @@ POOLED_WINDOW_FACTOR = 4
 # Inclusive bounds of numbers (each element, for a tuple).
 BOUNDS = {
     "seed": (0, 2**31 - 1),
-    "data.source_weights": (0.0, math.inf),
+    "data.source_weights": (0.0, 1e9),
     "data.dev_share": (0.0, 0.9),
     "data.valid_share": (0.0, 0.9),
     "data.folds": (0, 100),
@@ -326,7 +326,7 @@ def _build(kind: type, values: Any, prefix: str, absent: list[str] | None) -> An
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in fields:
-            raise ConfigError(f"config: no setting {prefix}{key}; there are {', '.join(fields)}")
+            raise ConfigError(f"config: no setting {prefix + key!r}; there are {', '.join(fields)}")
     built = {}
     for name in fields:
         hint = hints[name]
@@ -351,7 +351,7 @@ def _cast(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"config: {key} is {value!r}; it takes a tuple of {item.__name__}")
         return tuple(_cast(item, element, key) for element in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf  # Python's have no bound
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"config: {key} is {value!r}; it takes a {hint.__name__}")
     if hint is float and not math.isfinite(value):

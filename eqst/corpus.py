@@ -51,6 +51,9 @@ def _open_source(source: str, data: config.Data, split: str, progress: Callable)
     else:
         store, official = _tfds_store(source[5:], data, progress), None
     corpus = load_store(store, source)
+    if split in ("train", "all"):  # once a run, also where the store was made by an earlier one
+        for line in corpus.skipped:
+            progress(f"left out {line}")
     keep = _split(corpus.talker_R, split, data, official, source)
     return corpus.select(keep)
 
@@ -93,7 +96,13 @@ def _split(
     train = [i for i in train if i not in set(valid)]
     chosen = sorted({"train": train, "valid": valid or train, "dev": dev}[split])
     if not chosen:
-        raise CorpusError(f"{source}: no talker in split {split!r} of {len(talker_R)} talkers")
+        there = (
+            f" (the manifest has {', '.join(sorted(set(official.values())))})" if official else ""
+        )
+        raise CorpusError(
+            f"{source}: no talker in split {split!r} of {len(talker_R)} talkers{there}: "
+            "training needs train, evaluation dev"
+        )
     return np.array(chosen)
 
 
@@ -138,7 +147,33 @@ def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
     facts = [hashlib.sha256(code.encode()).hexdigest(), seed, data.synthetic_talkers, seconds]
     tasks = [(seed, talker, seconds, data.sample_rate) for talker in range(data.synthetic_talkers)]
     make = lambda: _parallel(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
-    return make_store(data, "synthetic", facts, make, progress)
+    return make_store(data, "synthetic", facts, make)
+
+
+def _manifest_splits(manifest: pathlib.Path, permissive_only: bool) -> dict[pathlib.Path, str]:
+    """The split of every file that a manifest lists."""
+    wanted = ["path", "split"] + ["permissive"] * permissive_only
+    listed: dict[pathlib.Path, str] = {}
+    try:
+        with open(manifest, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            missing = [column for column in wanted if column not in (rows.fieldnames or ())]
+            if missing:
+                raise CorpusError(f"{manifest}: no column {', '.join(missing)}; add it")
+            for row in rows:
+                empty = [column for column in wanted if not row[column]]
+                if empty:
+                    raise CorpusError(
+                        f"{manifest}: line {rows.line_num} has no {', '.join(empty)}; fill it in"
+                    )
+                if permissive_only and row["permissive"] != "yes":
+                    continue
+                listed[(manifest.parent / row["path"]).resolve()] = row["split"]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CorpusError(
+            f"{manifest} is not a CSV in UTF-8 ({error}); write path and split columns"
+        ) from None
+    return listed
 
 
 def _folder_files(
@@ -151,17 +186,8 @@ def _folder_files(
     if data.manifest:
         manifest = pathlib.Path(data.manifest).expanduser()
         if not manifest.is_file():
-            raise CorpusError(f"{manifest}: no such manifest")
-        wanted = ["path", "split"] + ["permissive"] * data.permissive_only
-        with open(manifest, newline="") as file:
-            rows = csv.DictReader(file)
-            missing = [column for column in wanted if column not in (rows.fieldnames or ())]
-            if missing:
-                raise CorpusError(f"{manifest}: no column {', '.join(missing)}; add it")
-            for row in rows:
-                if data.permissive_only and row["permissive"] != "yes":
-                    continue
-                listed[(manifest.parent / row["path"]).resolve()] = row["split"]
+            raise CorpusError(f"{manifest}: no such manifest; give a CSV file with path and split")
+        listed = _manifest_splits(manifest, data.permissive_only)
     talkers: dict[str, list[pathlib.Path]] = {}
     official: dict[str, str] = {}
     for path in sorted(root.rglob("*")):
@@ -181,7 +207,10 @@ def _folder_files(
                     f"{split!r}; a talker has one split, so that none is trained and tested on"
                 )
     if not talkers:
-        raise CorpusError(f"{root}: no audio file ({', '.join(EXTENSIONS)}) in it")
+        listing = f" that {data.manifest} lists" if data.manifest else ""
+        raise CorpusError(
+            f"{root}: no audio file ({', '.join(EXTENSIONS)}) in it{listing}; give another folder"
+        )
     return talkers, official if data.manifest else None
 
 
@@ -216,7 +245,7 @@ def _folder_store(
         for talker, paths in talkers.items()
     ]
     make = lambda: _parallel(_folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
-    store = make_store(data, "folder", facts, make, progress)
+    store = make_store(data, "folder", facts, make)
     if official is not None:
         official = {f"folder/{talker}": split for talker, split in official.items()}
     return store, official
@@ -259,4 +288,4 @@ def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Pat
             yield Recording(label, np.concatenate(pieces))
 
     facts = [builder.info.full_name, str(builder.data_dir), len(source)]
-    return make_store(data, "tfds", facts, recordings, progress)
+    return make_store(data, "tfds", facts, recordings)

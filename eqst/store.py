@@ -104,7 +104,6 @@ def make_store(
     name: str,
     ingredients: Any,
     recordings: Callable[[], Iterator[Recording | str]],
-    progress: Callable[[str], None],
 ) -> pathlib.Path:
     """The store made of `ingredients`, built by `recordings` if it is not there yet.
 
@@ -125,7 +124,7 @@ def make_store(
             f"cache folder {root}: {error.strerror}; set --config.data.cache_dir"
         ) from None
     try:
-        _write_store(temporary, data.sample_rate, name, recordings(), progress)
+        _write_store(temporary, data.sample_rate, name, recordings())
         try:
             temporary.rename(folder)
         except OSError:  # another process finished the same store first
@@ -141,14 +140,11 @@ def _write_store(
     sample_rate: int,
     name: str,
     recordings: Iterator[Recording | str],
-    progress: Callable[[str], None],
 ) -> None:
     index: dict[str, Any] = {"sample_rate": sample_rate, "recordings": [], "skipped": []}
     powers, start = [], 0
 
-    def leave_out(reason: str) -> None:
-        index["skipped"].append(reason)
-        progress(f"{name}: left out {reason}")
+    leave_out = index["skipped"].append
 
     with open(folder / "samples.int16", "wb") as file:
         for item in recordings:
@@ -167,6 +163,10 @@ def _write_store(
                 continue
             if not np.isfinite(loudness):
                 leave_out(f"{item.talker}: silent")
+                continue
+            variance, mean = np.var(samples_T, dtype=np.float64), np.mean(samples_T, dtype=float)
+            if audio.is_constant(variance, mean):
+                leave_out(f"{item.talker}: a constant offset (DC), no sound")
                 continue
             gain = 10.0 ** ((TARGET_LUFS - loudness) / 20.0)
             scale = 32767.0 / peak
@@ -189,6 +189,22 @@ def _write_store(
 
 
 def load_store(folder: pathlib.Path, source: str) -> Corpus:
+    """The recordings of a store that `make_store` made.
+
+    Raises:
+      CorpusError: a file of it is damaged or gone.
+    """
+    try:
+        corpus = _load(folder, source)
+        whole = len(corpus.samples[0]) == corpus.length_R.sum()
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CorpusError(f"{folder} in the cache is damaged: remove it, and it is made again")
+    return corpus
+
+
+def _load(folder: pathlib.Path, source: str) -> Corpus:
     index = json.loads((folder / "index.json").read_text())
     recordings = index["recordings"]
     power_V = np.load(folder / "power.npy")

@@ -170,7 +170,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, bursts):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.make_store(data, "folder", "facts", recordings, silent)
+        store.make_store(data, "folder", "facts", recordings)
     assert list(tmp_path.iterdir()) == []
 
 
