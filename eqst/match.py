@@ -90,7 +90,8 @@ class Matcher:
         from eqst import card, checkpoint, observe, predictor, trials
 
         loaded = card.load_weights() if workdir is None else checkpoint.load(workdir)
-        trained, network, normalisation, *_ = trials.from_loaded(loaded)
+        source = "packaged weights" if workdir is None else os.fspath(workdir)
+        trained, network, normalisation, *_ = trials.from_loaded(loaded, source)
         run = jax.jit(predictor.predict_heard, static_argnums=0)
 
         def predict_unit(input_T: np.ndarray, reference_T: np.ndarray) -> eq.EqParams:

@@ -212,6 +212,46 @@ def _named(tree: dict[Any, Any]) -> Params:
     return {str(k): _named(x) if isinstance(x, dict) else x for k, x in tree.items()}
 
 
+def check_params(config: Config, params: dict[str, Any], source: str) -> None:
+    """Whether what a checkpoint holds is a network of these settings, with its normalisation.
+
+    Raises:
+      ValueError: it is another one's, or has a number that is not finite.
+    """
+    samples = round(max(config.data.segment_seconds) * config.data.sample_rate)
+    seen = jax.eval_shape(
+        functools.partial(observe.heard, config), jax.ShapeDtypeStruct((samples,), jnp.float32)
+    )
+    facts = jax.ShapeDtypeStruct(
+        seen.shape[1:] if config.features.kind == "mel" else seen.shape, jnp.float32
+    )
+    wanted = _shapes(
+        {
+            "network": jax.eval_shape(functools.partial(init, config), jax.random.key(0)),
+            "normalisation": {"mean": facts, "scale": facts},
+        }
+    )
+    found = _shapes(params)
+    for name in sorted(set(wanted) | set(found)):
+        here, there = (shapes[name] if name in shapes else None for shapes in (wanted, found))
+        if here != there:
+            raise ValueError(
+                f"{source}: its checkpoint is another model's: {name} is {there or 'absent'} there,"
+                f" {here or 'absent'} by the settings: take the checkpoint that belongs to them"
+            )
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"{source}: a parameter is not finite: take another run, or train anew")
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, str]:
+    """[3, 4] and the like, by path; whatever floats a file stores."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): str(list(x.shape))
+        for path, x in paths
+    }
+
+
 def _decode(config: Config, outputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Head outputs -> unit cube; a grid head's expectation under its softmax (differentiable)."""
     bands = len(eq.KINDS)

@@ -27,14 +27,21 @@ class Run(NamedTuple):
 
 def open_run(workdir: str | os.PathLike[str]) -> Run:
     """A run's predictor (its best checkpoint), whatever machines it was trained on."""
-    return from_loaded(checkpoint.load(workdir))
+    return from_loaded(checkpoint.load(workdir), os.fspath(workdir))
 
 
-def from_loaded(loaded: card.Loaded) -> Run:
-    """The same from anything that was loaded (a run's checkpoint or packaged weights)."""
-    normalisation = predictor.Normalisation(**loaded.params["normalisation"])
+def from_loaded(loaded: card.Loaded, source: str = "packaged weights") -> Run:
+    """The same from anything that was loaded (a run's checkpoint or packaged weights).
+
+    Raises:
+      ConfigError: settings that this version does not know.
+      ValueError: the checkpoint is another model's than the settings describe; `source` says which.
+    """
     config = from_card(loaded.card["config"])
-    return Run(config, loaded.params["network"], normalisation, loaded.step, loaded.card["commit"])
+    predictor.check_params(config, loaded.params, source)
+    normalisation = predictor.Normalisation(**loaded.params["normalisation"])
+    commit = loaded.card["commit"] if "commit" in loaded.card else "unknown"
+    return Run(config, loaded.params["network"], normalisation, loaded.step, commit)
 
 
 class Trial(NamedTuple):
