@@ -8,6 +8,7 @@
 
 venv=${EQST_VENV:-.venv}
 python=$venv/bin/python
+constraints=launch/constraints.txt
 
 fail() {
   printf '%s: %s\n' "$(basename "$0")" "$*" >&2
@@ -41,7 +42,7 @@ find_python() {
 # What an environment depends on, as a hash: the two files, this folder (an editable install and
 # an environment both hold absolute paths).
 fingerprint() {
-  "$1" - pyproject.toml launch/constraints.txt <<'PYTHON'
+  "$1" - pyproject.toml "$constraints" <<'PYTHON'
 import hashlib, os, sys
 
 total = hashlib.sha256(os.getcwd().encode())
@@ -83,7 +84,7 @@ make_environment() {
   rm -f "$venv/eqst-stamp"
   echo "making $venv with $("$base" --version) and [$installed] (some 90 packages, a few minutes)"
   [ -x "$python" ] || "$base" -m venv "$venv"
-  if ! "$python" -m pip install --disable-pip-version-check --constraint launch/constraints.txt \
+  if ! "$python" -m pip install --disable-pip-version-check --constraint "$constraints" \
     --editable ".[$installed]" 2>&1 | tee "$venv/install.log" |
     awk '/^ *(Collecting|Processing) / { if (++n % 10 == 0) print "  " n " packages found" }
          /^ *Installing collected/ { print "  installing them" } { fflush() }'; then
@@ -92,4 +93,36 @@ make_environment() {
   fi
   printf '%s\n%s\n' "$hash" "$installed" >"$venv/eqst-stamp"
   rm -f "$venv/eqst-making"
+}
+
+# newest_constraints FILE EXTRA..: writes the newest versions of everything that pyproject.toml
+# allows today, in the form of launch/constraints.txt, and prints those that differ from it. Asks
+# the registry and installs nothing; the environment must have been made with these extras.
+newest_constraints() {
+  local file=$1 report=$1.json
+  shift
+  if ! "$python" -m pip install --disable-pip-version-check --quiet --dry-run --report "$report" \
+    --upgrade --upgrade-strategy eager --editable ".[$(printf '%s\n' "$@" | paste -sd, -)]" \
+    >"$file.log" 2>&1; then
+    tail -n 5 "$file.log" >&2
+    return 1
+  fi
+  "$python" - "$constraints" "$report" "$file" <<'PYTHON'
+import json, re, sys
+
+def key(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+pinned_file, report_file, newest_file = sys.argv[1:]
+with open(pinned_file) as file:
+    lines = [line.strip() for line in file if "==" in line and not line.startswith("#")]
+pinned = {key(name): version for name, version in (line.split("==") for line in lines)}
+with open(report_file) as file:
+    found = [item["metadata"] for item in json.load(file)["install"]]
+newer = {key(x["name"]): x["version"] for x in found if key(x["name"]) != "eqst"}
+for name, version in sorted(newer.items()):
+    print(f"  {name} {pinned[name] if name in pinned else '(none)'} -> {version}")
+with open(newest_file, "w") as file:
+    file.writelines(f"{name}=={version}\n" for name, version in sorted({**pinned, **newer}.items()))
+PYTHON
 }

@@ -2,22 +2,38 @@
 # Every check of the project: format, lint, types, tests.
 #
 #   bash launch/test.sh                     the quick run: all but the tests marked `long`
-#   bash launch/test.sh --all               everything
-#   bash launch/test.sh [--all] tests/test_mesh.py -k batch      any arguments of pytest
+#   bash launch/test.sh --all               everything, the wheel in an environment of its own too
+#   bash launch/test.sh --no-skips          a test that is skipped fails, but for those it must be
+#   bash launch/test.sh --newest            the quick tests once more, with the newest versions of
+#                                           the dependencies in place of launch/constraints.txt
+#   bash launch/test.sh [--all ..] tests/test_mesh.py -k batch      then any arguments of pytest
 #
-# The last line is pytest's own; the exit status is 0 only if every check passed.
+# The last lines name what failed, else the last is pytest's own; the exit status is 0 only if every
+# check passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-selection=(-m "not long")
-if [ "${1:-}" = --all ]; then
-  selection=()
+quick=(-m "not long")
+selection=("${quick[@]}")
+newest=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --all) selection=() ;;
+    --no-skips) export EQST_NO_SKIPS=1 ;; # read by tests/skips.py
+    --newest) newest=yes ;;
+    -h | --help)
+      sed -n '2,9s/^# \{0,1\}//p' launch/test.sh
+      exit 0
+      ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 
-make_environment data report dev
+extras=(data report dev)
+make_environment "${extras[@]}"
 
 failed=()
 check() {
@@ -29,16 +45,42 @@ check ruff format --check .
 check ruff check .
 check mypy
 
-heading "pytest ${selection[*]-} $*"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-# Whole files go to workers, so that a file's costly fixtures are made once.
-workers=(-n auto --maxprocesses=4 --dist=loadfile)
-"$python" -m pytest "${workers[@]}" ${selection[@]+"${selection[@]}"} "$@" 2>&1 | tee "$log" || failed+=(pytest)
+
+# run_pytest NAME ARGUMENT..: whole files go to workers, so that a file's costly fixtures are made
+# once. NAME is what a failure is listed as, with pytest's own last line.
+run_pytest() {
+  local name=$1
+  shift
+  heading "$name $*"
+  "$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@" 2>&1 | tee "$log" ||
+    failed+=("$name: $(tail -n 1 "$log" | tr -d =)")
+}
+
+run_pytest pytest ${selection[@]+"${selection[@]}"} "$@"
+
+if [ -n "$newest" ]; then
+  heading "newest versions of the dependencies"
+  if ! differences=$(newest_constraints "$venv/newest.txt" "${extras[@]}"); then
+    failed+=("newest versions: they could not be found (above)")
+  elif [ -z "$differences" ]; then
+    echo "they are those of launch/constraints.txt: nothing more to test"
+  else
+    printf 'newer than launch/constraints.txt:\n%s\n' "$differences"
+    constraints=$venv/newest.txt
+    venv=$venv-newest
+    python=$venv/bin/python
+    if (make_environment "${extras[@]}"); then
+      run_pytest "pytest with the newest versions" "${quick[@]}" "$@"
+    else
+      failed+=("newest versions: they could not be installed (above)")
+    fi
+  fi
+fi
 
 if [ "${#failed[@]}" -gt 0 ]; then
   printf '\n'
   printf 'FAILED: %s\n' "${failed[@]}"
-  tail -n 1 "$log"
   exit 1
 fi

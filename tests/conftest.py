@@ -15,6 +15,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # [B] + [B, F] is always
 
 import numpy as np  # noqa: E402 (the lines above come first on purpose)
 import pytest  # noqa: E402
+import skips  # noqa: E402 (tests/skips.py)
 from scipy.signal import lfilter  # noqa: E402
 
 from eqst import audio, config, corpus  # noqa: E402
@@ -101,6 +102,11 @@ def corpus_of():
         )
 
     return make
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The plugin that fails skips is ours to register: it lies beside this file."""
+    config.pluginmanager.register(skips)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
