@@ -7,6 +7,7 @@ learns the training talkers by heart, and trusts pauses that other recordings do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def of_plan(data: Data, plan: pairs.Plan) -> Augmentation:
     """The augmentation a plan's uniform numbers stand for under these settings."""
     u = plan.augment_A
     normal_A = jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1.0 - 1e-6))
-    warp = jnp.exp((2.0 * u[0] - 1.0) * np.log(data.warp))
+    warp = jnp.exp((2.0 * u[0] - 1.0) * math.log(data.warp))
     with_curve, with_noise = u[1] < data.curve_share, u[2] < data.noise_share
 
     def curve_db(position_X: jax.Array) -> jax.Array:
@@ -111,5 +112,5 @@ def gated(stats_SM: jax.Array, side: Side) -> jax.Array:
     """Pooled statistics as a gate leaves them: low quantiles fall, the mean power stays."""
     quantile_Q = jnp.asarray(pooled.QUANTILES, jnp.float32)
     closed_Q = jax.nn.sigmoid((side.gate_share - quantile_Q) / _GATE_EDGE)
-    share_S = jnp.concatenate([jnp.stack([jnp.zeros(()), side.gate_share]), closed_Q])
+    share_S = jnp.concatenate([jnp.stack([jnp.zeros_like(side.gate_share), side.gate_share]), closed_Q])
     return stats_SM - side.gate_db * share_S[:, None]

@@ -89,9 +89,16 @@ def _namespace(*arrays: Any) -> Any:
     return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
 
 
+def _float_dtype(*arrays: Any) -> Any:
+    """Float32 at least for JAX's arrays, also where 64 bits are allowed; float64 for numpy's."""
+    if _namespace(*arrays) is np:
+        return np.dtype(np.float64)
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
 def _float_params(params: EqParams) -> EqParams:
-    xp = _namespace(*params)
-    return EqParams(*(xp.asarray(array, xp.result_type(float)) for array in params))
+    xp, dtype = _namespace(*params), _float_dtype(*params)
+    return EqParams(*(xp.asarray(array, dtype) for array in params))
 
 
 def _bounds(limits: EqTable, rank: int) -> tuple[EqParams, EqParams]:
@@ -106,7 +113,7 @@ def _bounds(limits: EqTable, rank: int) -> tuple[EqParams, EqParams]:
 def from_unit(limits: EqTable, unit_KP: Any) -> EqParams:
     """Points [..., K, 3] of the unit cube as settings; outside 0 .. 1 it extrapolates (`clamp`)."""
     xp = _namespace(unit_KP)
-    unit_KP = xp.asarray(unit_KP, xp.result_type(float))
+    unit_KP = xp.asarray(unit_KP, _float_dtype(unit_KP))
     low, high = _bounds(limits, unit_KP.ndim - 1)
     freq, gain, q = (unit_KP[..., p] for p in range(len(PARAMETERS)))
 
@@ -168,7 +175,7 @@ def to_grid_index(limits: EqTable, params: EqParams) -> Any:
 def from_grid_index(limits: EqTable, index_KP: Any) -> EqParams:
     """Settings at grid indices [..., K, 3]."""
     xp = _namespace(index_KP)
-    index_KP = xp.asarray(index_KP, xp.result_type(float))
+    index_KP = xp.asarray(index_KP, _float_dtype(index_KP))
     top = (
         xp.asarray(grid_sizes(limits), index_KP.dtype).reshape((1,) * (index_KP.ndim - 1) + (-1,))
         - 1.0

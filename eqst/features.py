@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike
 
 from eqst import biquad, config, eq
 
-# Power below which a segment counts as digital silence (full scale is 1).
-TINY = 1e-20
+# Power below which a segment counts as digital silence (full scale is 1). Divided by its square, as
+# derivatives are, a number is still a float32: the gradient of silence is finite.
+TINY = 1e-18
 
 
 def mel(freq_hz: ArrayLike) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -48,8 +49,9 @@ def grid_cross_entropy(
         right_K = jnp.clip(jnp.searchsorted(grid_G, label_K, side="right"), 1, len(grid) - 1)
         step_K = grid_G[right_K] - grid_G[right_K - 1]
         share_K = (label_K - grid_G[right_K - 1]) / step_K
-        target_KG = jax.nn.one_hot(right_K, len(grid)) * share_K[:, None]
-        target_KG += jax.nn.one_hot(right_K - 1, len(grid)) * (1.0 - share_K)[:, None]
+        one_hot = functools.partial(jax.nn.one_hot, num_classes=len(grid), dtype=grid_G.dtype)
+        target_KG = one_hot(right_K) * share_K[:, None]
+        target_KG += one_hot(right_K - 1) * (1.0 - share_K)[:, None]
         log_KG = jax.nn.log_softmax(logit_KG, axis=-1)[:, order]
         terms.append(-jnp.sum(target_KG * log_KG, axis=-1))
     return jnp.mean(jnp.stack(terms))

@@ -207,7 +207,7 @@ def draw(
     key = jax.random.fold_in(jax.random.key(seed), k)
     bands, parameters = len(eq.KINDS), len(eq.PARAMETERS)
     head = OTHER + 1 + AUGMENT
-    u = jax.random.uniform(key, (head + 2 * bands * parameters,))
+    u = jax.random.uniform(key, (head + 2 * bands * parameters,), jnp.float32)
     count = index.first_R.shape[0]
     by_weight = jnp.minimum(
         jnp.searchsorted(index.cumulative_R, u[RECORDING], side="right"), count - 1

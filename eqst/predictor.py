@@ -8,6 +8,7 @@ Layer counts, kernels and widths of the paper are unknown: those here are ours (
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -191,7 +192,7 @@ def _length(config: Config, input_seconds: jax.Array, reference_seconds: jax.Arr
     training heard and held to it. (Variances of the two recordings' content add: 1/a + 1/b.)"""
     low, high = min(config.data.segment_seconds), max(config.data.segment_seconds)
     seconds = 2.0 / (1.0 / input_seconds + 1.0 / reference_seconds)
-    return jnp.log2(jnp.clip(seconds, low, high)) - 0.5 * np.log2(low * high)
+    return jnp.log2(jnp.clip(seconds, low, high)) - 0.5 * math.log2(low * high)
 
 
 @functools.cache
