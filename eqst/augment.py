@@ -112,5 +112,6 @@ def gated(stats_SM: jax.Array, side: Side) -> jax.Array:
     """Pooled statistics as a gate leaves them: low quantiles fall, the mean power stays."""
     quantile_Q = jnp.asarray(pooled.QUANTILES, jnp.float32)
     closed_Q = jax.nn.sigmoid((side.gate_share - quantile_Q) / _GATE_EDGE)
-    share_S = jnp.concatenate([jnp.stack([jnp.zeros_like(side.gate_share), side.gate_share]), closed_Q])
+    power_and_level = jnp.stack([jnp.zeros_like(side.gate_share), side.gate_share])
+    share_S = jnp.concatenate([power_and_level, closed_Q])
     return stats_SM - side.gate_db * share_S[:, None]

@@ -16,9 +16,8 @@ from numpy.typing import ArrayLike
 
 from eqst import biquad, config, eq
 
-# Power below which a segment counts as digital silence (full scale is 1). Divided by its square, as
-# derivatives are, a number is still a float32: the gradient of silence is finite.
-TINY = 1e-18
+# Power below which a segment counts as digital silence (full scale is 1).
+TINY = 1e-20
 
 
 def mel(freq_hz: ArrayLike) -> np.ndarray:
@@ -144,7 +143,12 @@ def levelled(features: config.Features, mel_NM: jax.Array) -> jax.Array:
     Returns:
       [N, M]: dB (>= floor_db, about) or linear power.
     """
-    relative_NM = mel_NM / jnp.maximum(jnp.mean(mel_NM), TINY)
+    mean = jnp.maximum(jnp.mean(mel_NM), TINY)
+    # A power of two near 1 / mean, on both sides of the division, rounds nothing. Without it the
+    # derivative, which divides by the square of the mean, leaves float32 for what is very quiet.
+    _, exponent = jnp.frexp(mean)
+    scale = jax.lax.stop_gradient(jnp.ldexp(jnp.ones_like(mean), -exponent))
+    relative_NM = (mel_NM * scale) / (mean * scale)
     if features.scale == "linear":
         return relative_NM
     return 10.0 * jnp.log10(relative_NM + 10.0 ** (features.floor_db / 10.0))
