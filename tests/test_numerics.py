@@ -329,7 +329,8 @@ def test_a_batch_may_come_in_any_order(run_chain, sound, variant):
 # ---- compilation
 
 
-@both_kinds
+@pytest.mark.long  # one operation after the other, each compiled by itself
+@pytest.mark.parametrize("variant", ["db_mel_pm", "pooled"])
 def test_compiled_or_not(model_of, run_chain, sound, variant):
     """What XLA fuses may round elsewhere, and no more."""
     batch = batch_of(sound)
