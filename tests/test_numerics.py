@@ -163,13 +163,21 @@ def chain(model: Model, input_T, reference_T, label_KP) -> tuple:
 
 @pytest.fixture(scope="module")
 def run_chain(model_of) -> Callable[..., tuple]:
-    """`chain` of a batch, compiled: (variant, *batch); one compilation serves many tests."""
+    """`chain` of a batch, compiled: (variant, *batch); one compilation serves many tests.
+
+    Everything in float32, whatever the backend would take for convolutions: what is compared here
+    is what goes in, not how a product is rounded.
+    """
 
     @functools.cache
     def compiled(variant: str) -> Callable:
         return jax.jit(jax.vmap(functools.partial(chain, model_of(variant))))
 
-    return lambda variant, *batch: compiled(variant)(*batch)
+    def run(variant: str, *batch: np.ndarray) -> tuple:
+        with jax.default_matmul_precision("highest"):
+            return compiled(variant)(*batch)
+
+    return run
 
 
 # ---- level
@@ -335,7 +343,7 @@ def test_compiled_or_not(model_of, run_chain, sound, variant):
     """What XLA fuses may round elsewhere, and no more."""
     batch = batch_of(sound)
     compiled = run_chain(variant, *batch)
-    with jax.disable_jit():
+    with jax.disable_jit(), jax.default_matmul_precision("highest"):
         plain = chain(model_of(variant), *(x[0] for x in batch))
     assert_close(jax.tree.map(lambda x: x[0], compiled), plain, SUM_ROUNDING)
 
@@ -373,7 +381,7 @@ def test_responses_on_this_backend_are_those_of_float64():
         found.append(response(eq.EqParams(*arrays), jax.device_put(np.float32(freq_hz_F), place)))
         assert found[-1].devices() == {place}
     sos_nK6 = biquad.sos(*made, kinds=eq.KINDS, sample_rate=44100)
-    # The first moment of each polynomial at z = 1 cancels in float64 too below some Hz.
+    # Near z = 1 coefficients cancel, even in float64.
     clear_F = freq_hz_F > 20.0
     delay_3F = np.exp(-2j * np.pi * freq_hz_F[clear_F] / 44100) ** np.arange(3)[:, None]
     ratio_nKF = (sos_nK6[..., :3] @ delay_3F) / (sos_nK6[..., 3:] @ delay_3F)
