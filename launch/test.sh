@@ -55,7 +55,7 @@ run_pytest() {
   shift
   heading "$name $*"
   "$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@" 2>&1 | tee "$log" ||
-    failed+=("$name: $(tail -n 1 "$log" | tr -d =)")
+    failed+=("$name: $(tail -n 1 "$log" | sed 's/^=* *//; s/ *=*$//')")
 }
 
 run_pytest pytest ${selection[@]+"${selection[@]}"} "$@"
