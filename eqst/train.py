@@ -26,7 +26,18 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from eqst import batches, checkpoint, command, corpus, eq, mesh, objective, observe, predictor
+from eqst import (
+    batches,
+    checkpoint,
+    command,
+    corpus,
+    eq,
+    mesh,
+    objective,
+    observe,
+    pairs,
+    predictor,
+)
 from eqst.config import Config, ConfigError, as_dict, from_card, validate
 from eqst.record import Record, clock
 
@@ -225,7 +236,9 @@ def _run(
     mesh.process_slice(devices, config.train.batch_size)
     start = None
     if config.train.init_from:
-        start = checkpoint.load(config.train.init_from, which="best").params["network"]
+        loaded = checkpoint.load(config.train.init_from, which="best")
+        predictor.check_params(config, loaded.params, config.train.init_from)
+        start = loaded.params["network"]
     make_state = jax.jit(functools.partial(init_state, config, start), out_shardings=rules.params)
     resumed = _restore(config, saved, make_state, rules)
     if resumed is not None:
@@ -244,6 +257,8 @@ def _run(
         f"{devices.size} {devices.devices.flat[0].platform} device(s)"
     )
     signals.stop_early()
+    # Before anything is written: the held-out talkers' recordings may give no pair.
+    pairs.build_index(choosing, config.data.segment_seconds[0], config.data.min_loudness_lufs)
     supply = batches.make_source(config, recordings, devices, say)
     if resumed is None:
         normalisation = batches.measure_normalisation(config, supply)
