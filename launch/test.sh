@@ -8,8 +8,7 @@
 #                                           the dependencies in place of launch/constraints.txt
 #   bash launch/test.sh [--all ..] tests/test_mesh.py -k batch      then any arguments of pytest
 #
-# The last lines name what failed, else the last is pytest's own; the exit status is 0 only if every
-# check passed.
+# The last lines name what failed; the exit status is 0 only if every check passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
