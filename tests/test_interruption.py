@@ -320,7 +320,7 @@ def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
         try:
             subprocess.run(words, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            pytest.skip("a small disk has to be mounted, which takes root on Linux")
+            pytest.skip("needs root to mount a small disk")
         mounted.append(folder)
         return folder
 
