@@ -80,6 +80,14 @@ def error_against_seconds(results: dict[str, Any], path: str | os.PathLike[str])
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
+# What a section of a benchmark is drawn by, the first that its rows have.
+_UNITS = {
+    "milliseconds": "milliseconds, less is better",
+    "seconds": "seconds, less is better",
+    "pairs_per_s": "pairs per second, more is better",
+}
+
+
 def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draws every ratio of a benchmark to ours on a logarithmic axis, one panel per section.
 
@@ -93,7 +101,7 @@ def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     new_figure = _figure_class()
     panels = []
     for name, section in content["sections"].items():
-        unit = "milliseconds" if "milliseconds" in section["rows"][0] else "seconds"
+        unit = next(unit for unit in _UNITS if unit in section["rows"][0])
         bars = [(row["what"], row[unit]) for row in section["rows"] if unit in row]
         panels.append((name.replace("_", " "), unit, bars))
     heights = [len(bars) + 1 for _, _, bars in panels]
@@ -108,7 +116,7 @@ def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_xlim(None, 2 * max(values))
-        axis.set_title(f"{name} ({unit}, less is better)", fontsize=9, loc="left")
+        axis.set_title(f"{name} ({_UNITS[unit]})", fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
