@@ -282,7 +282,7 @@ def test_a_setting_that_has_come_since_is_taken_at_its_default(made, done, tmp_p
         train.train(gated, tmp_path, silent)
     older["config"]["data"]["colour"] = "red"
     (tmp_path / "config.json").write_text(json.dumps(older))
-    with pytest.raises(config.ConfigError, match=r"no setting data\.colour"):
+    with pytest.raises(config.ConfigError, match=r"no setting 'data\.colour'"):
         train.train(made, tmp_path, silent)
 
 
