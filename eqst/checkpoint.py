@@ -30,6 +30,7 @@ from etils import epath
 from eqst.card import (
     MAKE_ROOM,
     CheckpointError,
+    DamagedCard,
     Loaded,
     load_weights,
     named_leaves,
@@ -296,7 +297,9 @@ def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
         with _quiet_orbax():
             _orbax().save(folder, tree, checkpointable_name="state")
         if jax.process_index() == 0:
-            card = find_card(root.parent.parent)
+            card = None
+            with contextlib.suppress(DamagedCard):  # a lost card is no reason not to save
+                card = find_card(root.parent.parent)
             write_seal(folder, step=step, leaves=leaves, card=card, **facts)
     except jax.errors.JaxRuntimeError:  # of another process
         raise
