@@ -13,7 +13,8 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ from eqst.timing import Say, Section, Size, Spent, in_turns, process, target, ti
 
 _RATE = 44_100
 _BINS = 1025
+_AHEAD = 8  # batches: more than tf.data holds ready
 
 
 # --- responses -----------------------------------------------------------------------------------
@@ -123,44 +125,59 @@ def host_pairs(size: Size, say: Say) -> Section:
     seconds = chosen.data.segment_seconds[0]
     index, _ = pairs.build_index(recordings, seconds, chosen.data.min_loudness_lufs)
     plan = data.plans(chosen, index)(np.arange(size.batch))
-    fetch = functools.partial(pairs.fetch, recordings, plan, seconds, chosen.data.context_seconds)
-    sounds = np.concatenate(fetch())
+    context = chosen.data.context_seconds
+    fetch = functools.partial(pairs.fetch_stored, recordings, plan, seconds, context)
+    sounds = np.concatenate(pairs.fetch(recordings, plan, seconds, context))
     length = sounds.shape[-1]
     there_and_back = jax.jit(jax.vmap(lambda x: jnp.fft.irfft(jnp.fft.rfft(x), length)))
-    pool = concurrent.futures.ThreadPoolExecutor()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = concurrent.futures.ThreadPoolExecutor(cores)
+
+    def in_parts(rows: int, each: Callable = map) -> Callable[[], Any]:
+        """The FFTs alone, so many sounds at a time: which is fastest depends on the caches."""
+        parts = [sounds[i : i + rows] for i in range(0, len(sounds), rows)]
+        return lambda: list(each(lambda x: there_and_back(x).block_until_ready(), parts))
 
     def by_scipy(x_T: np.ndarray) -> np.ndarray:
         import scipy.fft
 
         return scipy.fft.irfft(scipy.fft.rfft(x_T), length)
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    stream = data.batches(chosen, recordings, (index,), first=0)
-    timed = in_turns(
-        {
-            "EQST, host rendering in tf.data": lambda: next(stream),
-            "FFTs alone, XLA on all cores": lambda: there_and_back(sounds).block_until_ready(),
-            "FFTs alone, scipy on all cores": lambda: list(pool.map(by_scipy, sounds)),
-            "reads alone, one core": fetch,
-        },
-        max(size.rounds // 3, 2),
-    )
+    bare = {f"FFTs alone, XLA, {n} at a time": in_parts(n) for n in (8, 16, 32, 64)}
+    bare["FFTs alone, XLA, 16 in each of the cores"] = in_parts(16, pool.map)
+    bare["FFTs alone, scipy, one in each of the cores"] = lambda: list(pool.map(by_scipy, sounds))
+    reads = "reads alone, one core"
+    fresh = functools.partial(data.batches, chosen, recordings, (index,), first=0)
+    others = in_turns(bare | {reads: fetch}, size.rounds)
+    timed = {"EQST, host rendering in tf.data": _streamed(fresh, 2 * size.rounds)} | others
     say("host pairs: timed")
     middle = {name: float(np.median(values)) for name, values in timed.items()}
-    names = list(timed)
-    limit = min(middle[names[1]], middle[names[2]]) + middle[names[3]] / (workers or 1)
+    limit = min(middle[name] for name in bare) + middle[reads] / (cores or 1)
     rows = timings(timed)
     for row in rows:
         row["pairs_per_s"] = 1e3 * size.batch / row["milliseconds"]
     rows.append({"what": "the limit: fastest FFTs and reads", "pairs_per_s": size.batch / limit})
-    share = limit / middle[names[0]]
-    about = f"batches of {size.batch} coloured pairs of {seconds:g} s with context, {workers} cores"
+    share = limit / next(iter(middle.values()))
+    about = f"batches of {size.batch} coloured pairs of {seconds:g} s with context, {cores} cores"
     return Section(about, rows, [target("host pairs/s against the limit", share, least=0.7)])
 
 
-def _next_seen(source: batches.Source, see: Callable) -> Callable[[], Any]:
-    stream = source.stream(0)
-    return lambda: jax.block_until_ready(see(next(stream), source.constants, 0))
+def _streamed(fresh: Callable[[], Iterator[Any]], rounds: int) -> np.ndarray:
+    """Seconds [rounds] of a batch in a stream that nothing else interrupts.
+
+    Each from a new stream: one that waits while others have their turn works ahead meanwhile.
+    """
+    seconds = []
+    for _ in range(rounds):
+        stream = fresh()
+        for _ in range(_AHEAD):
+            next(stream)
+        start = time.perf_counter()
+        for _ in range(_AHEAD):
+            next(stream)
+        seconds.append((time.perf_counter() - start) / _AHEAD)
+        del stream
+    return np.array(seconds)
 
 
 def pair_sources(size: Size, say: Say) -> Section:
@@ -180,7 +197,7 @@ def pair_sources(size: Size, say: Say) -> Section:
             "model__head": "continuous",
         },
     }
-    functions = {}
+    timed = {}
     devices = mesh.make_mesh(1)
     for name, changes in choices.items():
         chosen = _synthetic(size, **changes)
@@ -188,8 +205,13 @@ def pair_sources(size: Size, say: Say) -> Section:
         source = batches.make_source(chosen, recordings, devices, say)
         see = jax.jit(source.see, static_argnums=2)
 
-        functions[name] = _next_seen(source, see)
-    rows = timings(in_turns(functions, max(size.rounds // 3, 2)))
+        def fresh(source: batches.Source = source, see: Callable = see) -> Iterator[Any]:
+            for batch in source.stream(0):
+                yield jax.block_until_ready(see(batch, source.constants, 0))
+
+        timed[name] = _streamed(fresh, max(size.rounds // 2, 2))
+        say(f"{name}: timed")
+    rows = timings(timed)
     for row in rows:
         row["pairs_per_s"] = 1e3 * size.batch / row["milliseconds"]
         del row["ratio"]
@@ -297,7 +319,7 @@ def match_files(size: Size, say: Say) -> Section:
             turns["matchering"] = (theirs, {})
         else:
             say("matchering is not installed: left out")
-        for _ in range(max(size.rounds // 6, 2)):
+        for _ in range(max(size.rounds // 2, 2)):
             for name, (line, environment) in turns.items():
                 spent.setdefault(name, []).append(process(line, environment))
                 say(f"match: {name} {spent[name][-1].seconds:.1f} s")
@@ -335,7 +357,7 @@ def _warm(path: str, output: str, size: Size) -> list[dict[str, Any]]:
             ),
             "rendering a file": lambda: render.render_file(path, output, params, overwrite=True),
         },
-        max(size.rounds // 3, 2),
+        max(size.rounds // 2, 2),
     )
     rows = [{"what": name, "seconds": float(np.median(values))} for name, values in timed.items()]
     rows[1]["times_real_time"] = len(samples_TC) / rate / rows[1]["seconds"]

@@ -84,7 +84,8 @@ def _dataset(
 
     def load(number: np.ndarray) -> tuple:
         plan = draw_many(np.arange(size)[part] + int(number) * size)
-        return *pairs.fetch(corpus, plan, seconds, context_seconds), *plan
+        # Integers: half of what floats are to copy, and several copies are made on the way.
+        return *pairs.fetch_stored(corpus, plan, seconds, context_seconds), *plan
 
     example = load(np.asarray(0))
 
@@ -92,25 +93,24 @@ def _dataset(
         flat = tf.numpy_function(load, [number], [tf.as_dtype(x.dtype) for x in example])
         return tuple(tf.ensure_shape(x, y.shape) for x, y in zip(flat, example, strict=True))
 
-    dataset = numbers.map(load_tf, num_parallel_calls=tf.data.AUTOTUNE)
-    if host:
-        one = functools.partial(
-            pairs.render,
-            table=eq.table(config.eq_table),
-            protocol=data.protocol,
-            sample_rate=corpus.sample_rate,
-            context=round(context_seconds * corpus.sample_rate),
-        )
+    one = functools.partial(
+        pairs.render,
+        table=eq.table(config.eq_table),
+        protocol=data.protocol,
+        sample_rate=corpus.sample_rate,
+        context=round(context_seconds * corpus.sample_rate),
+    )
 
-        def render(input_BT: Any, reference_BT: Any, *plan: Any) -> tuple:
-            return jax.vmap(one)(input_BT, reference_BT, pairs.Plan(*plan))
+    def hear(input_BT: Any, reference_BT: Any, input_B: Any, reference_B: Any, *plan: Any) -> tuple:
+        sounds = input_BT * input_B[:, None], reference_BT * reference_B[:, None]
+        return jax.vmap(one)(*sounds, pairs.Plan(*plan)) if host else sounds
 
-        in_graph = tf.autograph.experimental.do_not_convert(
-            jax2tf.convert(render, with_gradient=False, native_serialization_platforms=("cpu",))
-        )
-        dataset = dataset.map(
-            lambda *flat: (*in_graph(*flat), *flat[2:]), num_parallel_calls=tf.data.AUTOTUNE
-        )
+    in_graph = tf.autograph.experimental.do_not_convert(
+        jax2tf.convert(hear, with_gradient=False, native_serialization_platforms=("cpu",))
+    )
+    dataset = numbers.map(load_tf, num_parallel_calls=tf.data.AUTOTUNE).map(
+        lambda *flat: (*in_graph(*flat), *flat[4:]), num_parallel_calls=tf.data.AUTOTUNE
+    )
     return dataset.prefetch(2)
 
 

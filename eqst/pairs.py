@@ -322,27 +322,39 @@ def render(
     return input_T, reference_T
 
 
-def fetch(corpus: Corpus, plan: Plan, seconds: float, context_seconds: float) -> tuple:
-    """The dry audio of a batch of plans, read on the host.
+def fetch_stored(
+    corpus: Corpus, plan: Plan, seconds: float, context_seconds: float
+) -> tuple[np.ndarray, ...]:
+    """The dry audio of a batch of plans as it is stored, read on the host.
 
     Args:
       plan: leaves with a leading batch axis [B], numpy.
 
     Returns:
-      input_BT, reference_BT: float32 [B, context + T] at -23 LUFS; zeros before a recording's
-        start.
+      input_BT, reference_BT: int16 [B, context + T], zeros before a recording's start; then
+        input_B, reference_B: float32, what brings each to -23 LUFS.
     """
     rate = corpus.sample_rate
     context, length = round(context_seconds * rate), round(seconds * rate)
 
-    def read(recording_B: np.ndarray, hop_B: np.ndarray) -> np.ndarray:
-        out_BT = np.empty((len(recording_B), context + length), np.float32)
+    def read(recording_B: np.ndarray, hop_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        out_BT = np.empty((len(recording_B), context + length), np.int16)
         for b, (recording, start) in enumerate(zip(recording_B, hop_B, strict=True)):
             begin = first_sample(int(start), rate) - context
-            out_BT[b] = corpus.segment(int(recording), begin, context + length)
-        return out_BT
+            out_BT[b] = corpus.stored(int(recording), begin, context + length)
+        return out_BT, np.array([corpus.scale(int(r)) for r in recording_B], np.float32)
 
-    return (
-        read(np.asarray(plan.input_recording), np.asarray(plan.input_hop)),
-        read(np.asarray(plan.reference_recording), np.asarray(plan.reference_hop)),
+    input_BT, input_B = read(np.asarray(plan.input_recording), np.asarray(plan.input_hop))
+    reference_BT, reference_B = read(
+        np.asarray(plan.reference_recording), np.asarray(plan.reference_hop)
     )
+    return input_BT, reference_BT, input_B, reference_B
+
+
+def fetch(
+    corpus: Corpus, plan: Plan, seconds: float, context_seconds: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fetch_stored` at -23 LUFS: input_BT, reference_BT, float32 [B, context + T]."""
+    input_BT, reference_BT, *scales = fetch_stored(corpus, plan, seconds, context_seconds)
+    input_B, reference_B = scales
+    return input_BT * input_B[:, None], reference_BT * reference_B[:, None]

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Say = Callable[[str], None]
+TURN = 10
+SETTLE_SECONDS = 0.25
 
 
 class Size(NamedTuple):
     """How much is measured; the command's sizes stand in `FULL`."""
 
-    rounds: int = 30
+    rounds: int = 5
     equalisers: int = 256
     batch: int = 32
     talkers: int = 32
@@ -43,17 +45,29 @@ class Section(NamedTuple):
     targets: list[dict[str, Any]]
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds [rounds] of each function, one after the other in every round, after two calls."""
+def in_turns(
+    functions: dict[str, Callable[[], Any]], rounds: int, *, settle_seconds: float = SETTLE_SECONDS
+) -> dict[str, np.ndarray]:
+    """Seconds [TURN rounds] of each function: in every round each has a turn of its own.
+
+    Before a turn there is a pause, because threads of other libraries (OpenMP's, of PyTorch) go on
+    spinning for a while after their work; then calls that are not counted for as long again, until
+    caches and the processor's clock are what they are in steady work.
+    """
     for function in functions.values():
-        function()
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            time.sleep(settle_seconds)
+            begin = time.perf_counter()
             function()
-            seconds[name].append(time.perf_counter() - start)
+            while time.perf_counter() - begin < settle_seconds:
+                function()
+            for _ in range(TURN):
+                start = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

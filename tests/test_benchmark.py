@@ -14,9 +14,10 @@ TINY = Size(rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11
 
 def test_timings_are_in_turns_and_relative_to_the_first():
     calls = []
-    seconds = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
-    assert calls == ["a", "a", "b", "b", "a", "b", "a", "b"]
-    assert all(len(values) == 2 for values in seconds.values())
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = in_turns(functions, 2, settle_seconds=0.0)
+    assert "".join(calls) == "ab" + 2 * (11 * "a" + 11 * "b")
+    assert all(len(values) == 20 for values in seconds.values())
     made = timings({"a": np.array([1.0, 1.0]), "b": np.array([3.0, 3.0])}, x={"a": 5, "b": 6})
     assert [row["ratio"] for row in made] == [1.0, 3.0] and made[1]["x"] == 6
     assert made[1]["milliseconds"] == made[1]["p10"] == made[1]["p90"] == 3000.0
