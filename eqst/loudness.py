@@ -5,11 +5,11 @@ import numpy as np
 from eqst.files import AudioError
 
 BLOCK_SECONDS = 0.1  # BS.1770 gates 400 ms blocks that overlap by 75 %: four of these
-_BLOCK_VALUES = 2**19  # samples times channels held at once: 4 MiB in float64
+_BLOCK_VALUES = 2**17  # samples times channels held at once: 1 MiB in float64, a core's cache
 
 
 def block_frames_for(channels: int) -> int:
-    """Frames per streamed block: about half a million values, at least 1024 frames."""
+    """Frames per streamed block: some hundred thousand values, at least 1024 frames."""
     return max(1024, _BLOCK_VALUES // channels)
 
 

@@ -8,6 +8,7 @@ libsndfile reads; the output keeps the input's. Without --output only the settin
 
 import concurrent.futures
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -95,8 +96,9 @@ class Matcher:
         run = jax.jit(predictor.predict_heard, static_argnums=0)
 
         def predict_unit(input_T: np.ndarray, reference_T: np.ndarray) -> eq.EqParams:
-            input_XM, reference_XM = (observe.listen(trained, x) for x in (input_T, reference_T))
-            return run(trained, network, normalisation, input_XM, reference_XM)
+            reference_listened = _begin(lambda: observe.listen(trained, reference_T))
+            input_XM = observe.listen(trained, input_T)
+            return run(trained, network, normalisation, input_XM, reference_listened())
 
         return cls(
             predict_unit,
@@ -142,8 +144,9 @@ class Matcher:
         """As `predict`, for recordings measured before (files of any length, of two rates)."""
         rate, model_rate = input.sample_rate, self._model_rate
         band_rate = min(rate, reference.sample_rate, model_rate)
+        reference_heard = _begin(lambda: analysis.heard(reference, model_rate, band_rate=band_rate))
         input_T = analysis.heard(input, model_rate, band_rate=band_rate)
-        reference_T = analysis.heard(reference, model_rate, band_rate=band_rate)
+        reference_T = reference_heard()
         predicted = self._predict_unit(input_T, reference_T)
         predicted = eq.EqParams(*(np.asarray(values, np.float64) for values in predicted))
         at_rate = predicted
@@ -329,6 +332,9 @@ def _check_targets(sources: list[str], targets: list[str], overwrite: bool) -> N
 
 def main() -> None:
     """The command."""
+    # Looking for garbage among thousands of fresh modules is a tenth of a cold start, and what
+    # this short process drops goes by counting references.
+    gc.disable()
     # As an exception, so that a half-written output is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     values = flags.FLAGS

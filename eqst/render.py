@@ -4,10 +4,12 @@ Time-domain second-order sections in float64, in the file's own rate, container 
 with no sample more or less than the input has, and no clipping that the caller is not told about.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import soundfile
@@ -16,6 +18,8 @@ from eqst import audio, biquad, eq
 from eqst.audio import AudioError, AudioInfo
 from eqst.files import native
 from eqst.loudness import flush_denormals
+
+Item = TypeVar("Item")
 
 CLIP_POLICIES = ("preamp", "float")
 PEAK_TARGET_DBFS = -0.1  # where the peak lands when a file has to be attenuated
@@ -251,10 +255,10 @@ def _write_pass(
     frames, input_peak, least, most = 0, 0.0, 0.0, 0.0
     try:
         with _create(source, temporary, container, subtype) as out:
-            for block_TC, filtered_TC in _filtered(source.path, sos_K6, block_frames):
+            for block_TC, filtered_TC in _ahead(_filtered(source.path, sos_K6, block_frames)):
                 filtered_TC *= gain
                 frames += len(block_TC)
-                input_peak = max(input_peak, float(np.abs(block_TC).max()))
+                input_peak = max(input_peak, float(block_TC.max()), -float(block_TC.min()))
                 least = min(least, float(filtered_TC.min()))
                 most = max(most, float(filtered_TC.max()))
                 if low <= least and most <= high:
@@ -301,6 +305,15 @@ def _filtered(
         filtered_TC, state_K2C = sosfilt(sos_K6, block_TC, axis=0, zi=state_K2C)
         flush_denormals(state_K2C)
         yield block_TC, filtered_TC
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in a thread while the one before it is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _sample_range(subtype: str) -> tuple[float, float]:

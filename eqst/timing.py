@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -104,23 +105,32 @@ class Spent(NamedTuple):
     megabytes: float
 
 
+# Run in a small process of its own: a child begins with the memory of what started it.
+_MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+seconds = time.perf_counter() - start
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+megabytes = used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+spent = [seconds, used.ru_utime + used.ru_stime, megabytes]
+print(json.dumps([done.returncode, done.stderr[-300:], spent]))
+"""
+
+
 def process(command_line: list[str], environment: dict[str, str]) -> Spent:
-    """Wall time, CPU time and largest memory of a process of its own."""
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        command_line,
+    """Runs a command; its output is dropped.
+
+    Raises:
+      ValueError: it failed; the message has the end of what it said.
+    """
+    measured = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command_line],
         env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        check=True,
     )
-    assert child.stderr is not None
-    with child.stderr:
-        said = child.stderr.read().decode(errors="replace")
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
-    if child.returncode:
-        last = " ".join(said.split())[-300:]
-        raise ValueError(f"{' '.join(command_line)[:80]} failed: {last}")
-    kilobytes = used.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return Spent(seconds, used.ru_utime + used.ru_stime, kilobytes / 1024)
+    code, said, spent = json.loads(measured.stdout)
+    if code:
+        raise ValueError(f"{' '.join(command_line)[:80]} failed: {' '.join(said.split())}")
+    return Spent(*spent)
