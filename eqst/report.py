@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from eqst.files import write_atomically
@@ -86,6 +87,8 @@ _UNITS = {
     "seconds": "seconds, less is better",
     "pairs_per_s": "pairs per second, more is better",
 }
+# Words in the rows that are not ours.
+_OTHERS = {"JAX", "dasp", "scipy", "PyTorch", "matchering", "alone"}
 
 
 def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -109,13 +112,16 @@ def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (name, unit, bars) in zip(axes, panels, strict=True):
         labels, values = zip(*bars, strict=True)
-        ours = ["#c1272d" if "EQST" in x or "db_mel" in x else "#7ba7d7" for x in labels]
-        axis.barh(labels, values, color=ours)
+        colours = ["#7ba7d7" if _OTHERS & set(re.findall(r"\w+", x)) else "#c1272d" for x in labels]
+        axis.barh(labels, values, color=colours)
         for place, value in enumerate(values):
             axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
         axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlim(None, 2 * max(values))
+        if max(values) > 20 * min(values):
+            axis.set_xscale("log")
+            axis.set_xlim(min(values) / 3, 3 * max(values))
+        else:
+            axis.set_xlim(0, 1.15 * max(values))
         axis.set_title(f"{name} ({_UNITS[unit]})", fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
