@@ -7,6 +7,7 @@ with no sample more or less than the input has, and no clipping that the caller 
 import concurrent.futures
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -266,9 +267,14 @@ def _write_pass(
     except soundfile.SoundFileError as error:
         raise AudioError(
             f"cannot write {source.channels} channels at {source.sample_rate} Hz as {container} "
-            f"{subtype} ({str(error).strip()}): check the disk, or name a .wav or .flac output"
+            f"{subtype} ({str(error).strip()}; {_free_mb(temporary)} MB are free there): make "
+            "room, or name a .wav or .flac output"
         ) from None
     return _Measured(frames, input_peak, max(-least, most), low <= least and most <= high)
+
+
+def _free_mb(path: Path) -> int:
+    return shutil.disk_usage(path.parent).free // 10**6
 
 
 def _create(

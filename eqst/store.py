@@ -7,11 +7,13 @@ it, so a changed file makes a new store.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import numpy as np
 from eqst import audio, config, files
 
 FORMAT = 1
+_STALE_SECONDS = 86_400.0  # without a write: whoever was building is gone
 TARGET_LUFS = -23.0
 HOPS_PER_SECOND = 10  # of the K-weighted powers, and of the starts a segment may have
 
@@ -123,6 +126,7 @@ def make_store(
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _sweep(root, name)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     except OSError as error:
         raise CorpusError(
@@ -138,6 +142,15 @@ def make_store(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _sweep(root: pathlib.Path, name: str) -> None:
+    """Removes what builds that were killed have left, a day after their last write."""
+    for folder in root.glob(f".{name}-*"):
+        with contextlib.suppress(OSError):  # its builder may be renaming it just now
+            written = [folder, *folder.iterdir()]
+            if time.time() - max(path.stat().st_mtime for path in written) > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_store(

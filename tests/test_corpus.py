@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import time
 
 import numpy as np
 import pyloudnorm
@@ -160,6 +162,19 @@ def test_store_is_reused_and_a_changed_file_makes_a_new_one(tmp_path, bursts):
     assert said and len(list((tmp_path / "c").iterdir())) == 2
     assert changed.length_R[named(changed, "q")] == 12000
     np.testing.assert_array_equal(whole(first, 0), whole(changed, 0))
+
+
+def test_what_a_killed_build_left_goes_a_day_later(tmp_path, bursts):
+    data = Data(cache_dir=str(tmp_path), sample_rate=8000)
+    for name, days in ((".folder-old", 2), (".folder-new", 0), (".other-old", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.int16").write_bytes(b"12")
+        then = time.time() - days * 86400
+        for path in (tmp_path / name / "samples.int16", tmp_path / name):
+            os.utime(path, (then, then))
+    recordings = [store.Recording("a", bursts(1, 3.0, 8000))]
+    folder = store.make_store(data, "folder", "facts", lambda: iter(recordings))
+    assert {x.name for x in tmp_path.iterdir()} == {".folder-new", ".other-old", folder.name}
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, bursts):
