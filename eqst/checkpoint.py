@@ -231,7 +231,8 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
 
     Args:
       workdir: the run's folder; a run still in training may be read too.
-      which: "best" (by the metric given to `save_best`) or "last".
+      which: "best" (by the metric given to `save_best`; where none can be read, the last of a run
+        that has trained, said in one line) or "last".
 
     Raises:
       CheckpointError: the folder is no run, has no such checkpoint, or all of them are damaged.
@@ -239,13 +240,22 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r}: choose 'best' or 'last'")
     card = read_card(workdir)
-    root = _absolute(workdir) / "checkpoints" / which
+    folder = _absolute(workdir) / "checkpoints"
+    try:
+        step, params = _load_params(folder / which)
+    except CheckpointError as error:
+        if which == "last" or not any(complete_steps(folder / "last")):
+            raise
+        step, params = _load_params(folder / "last")
+        _log.warning("%s; taking the last one, of step %d", str(error).partition(": ")[0], step)
+    return Loaded(card, params, step)
+
+
+def _load_params(root: epath.Path) -> tuple[int, Any]:
+    """(step, parameters) of the newest checkpoint of a folder that can be read."""
     if not complete_steps(root):
-        other = "last" if which == "best" else "best"
-        has_other = bool(complete_steps(root.parent / other))
-        way_out = f"which={other!r} has one" if has_other else "let it train for longer"
         raise CheckpointError(
-            f"the run in {epath.Path(workdir)} has no {which} checkpoint: {way_out}"
+            f"{root.parent.parent} has no {root.name} checkpoint: let it train for longer"
         )
 
     def read(step: int) -> Any:
@@ -260,7 +270,7 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
         return _read_tree(root / str(step), nested(targets), wanted, partial=True)
 
     step, tree, _ = _newest_readable(root, read)
-    return Loaded(card, tree["params"], step)
+    return step, tree["params"]
 
 
 def _absolute(workdir: str | os.PathLike[str]) -> epath.Path:

@@ -105,6 +105,12 @@ def responses(size: Size, say: Say) -> Section:
 # --- pairs ---------------------------------------------------------------------------------------
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return able or 1
+
+
 def _synthetic(size: Size, **changes: Any) -> config.Config:
     """The paper's proposal on a few synthetic talkers, with these dotted settings."""
     raw = config.paper()
@@ -130,7 +136,7 @@ def host_pairs(size: Size, say: Say) -> Section:
     sounds = np.concatenate(pairs.fetch(recordings, plan, seconds, context))
     length = sounds.shape[-1]
     there_and_back = jax.jit(jax.vmap(lambda x: jnp.fft.irfft(jnp.fft.rfft(x), length)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = _cores()
     pool = concurrent.futures.ThreadPoolExecutor(cores)
 
     def in_parts(rows: int, each: Callable = map) -> Callable[[], Any]:
@@ -152,7 +158,7 @@ def host_pairs(size: Size, say: Say) -> Section:
     timed = {"EQST, host rendering in tf.data": _streamed(fresh, 2 * size.rounds)} | others
     say("host pairs: timed")
     middle = {name: float(np.median(values)) for name, values in timed.items()}
-    limit = min(middle[name] for name in bare) + middle[reads] / (cores or 1)
+    limit = min(middle[name] for name in bare) + middle[reads] / cores
     rows = timings(timed)
     for row in rows:
         row["pairs_per_s"] = 1e3 * size.batch / row["milliseconds"]
@@ -251,7 +257,7 @@ def training_step(size: Size, say: Say) -> Section:
         return Section(about, timings(in_turns(functions, size.rounds)), [])
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(_cores())
     predict = jax.jit(jax.vmap(functools.partial(predictor.apply, chosen, params, normalisation)))
     logits = np.concatenate(predict(*seen[:2]).logits, axis=-1)
     for name, channels_last in (("PyTorch", False), ("PyTorch, channels last", True)):
@@ -312,14 +318,15 @@ def match_files(size: Size, say: Say) -> Section:
         ours = [sys.executable, "-m", "eqst.match", f"--input={paths[0]}", "--overwrite"]
         ours += [f"--reference={paths[1]}", f"--output={output}"]
         cache = {"XDG_CACHE_HOME": str(pathlib.Path(folder) / "cache")}
-        spent = {"EQST, the first time (nothing compiled)": [process(ours, cache)]}
         turns = {"EQST, later": (ours, cache)}
+        spent = {"EQST, the first time (nothing compiled)": [process(ours, cache)]}
         if rivals.installed("matchering"):
             theirs = rivals.matchering_command(paths[0], paths[1], output)
             turns["matchering"] = (theirs, {})
+            process(theirs, {})  # ours has run too
         else:
             say("matchering is not installed: left out")
-        for _ in range(max(size.rounds // 2, 2)):
+        for _ in range(max(size.rounds, 2)):
             for name, (line, environment) in turns.items():
                 spent.setdefault(name, []).append(process(line, environment))
                 say(f"match: {name} {spent[name][-1].seconds:.1f} s")
@@ -328,7 +335,9 @@ def match_files(size: Size, say: Say) -> Section:
             middle = {
                 key: float(np.median([x._asdict()[key] for x in runs])) for key in Spent._fields
             }
-            rows.append({"what": name, **middle})
+            seconds = [x.seconds for x in runs]
+            spread = {"least": min(seconds), "most": max(seconds), "runs": len(runs)}
+            rows.append({"what": name, **middle, **spread})
         rows += _warm(paths[0], output, size)
     first, later = rows[:2]
     targets = [
@@ -338,7 +347,10 @@ def match_files(size: Size, say: Say) -> Section:
         target("warm prediction, ms", 1e3 * rows[-2]["seconds"], most=50.0),
         target("rendering, times real time", rows[-1]["times_real_time"], least=500.0),
     ]
-    about = f"{size.file_seconds:g} s, stereo, {_RATE} Hz, cold processes in turns (medians)"
+    about = (
+        f"{size.file_seconds:g} s, stereo, {_RATE} Hz, processes in turns (medians); matchering "
+        "matches level and limits as well, and says no settings"
+    )
     return Section(about, rows, targets)
 
 

@@ -186,6 +186,8 @@ class _Signals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if number == signal.SIGINT and os.isatty(2):  # a person waits, for a compilation perhaps
+            os.write(2, b"SIGINT: saving after this step; once more ends at once\n")
 
 
 def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None] = print) -> State:
@@ -217,7 +219,8 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
         if changed:
             raise ConfigError(
                 f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
-                "take them back or choose another --workdir"
+                "take them back or choose another --workdir, which "
+                f"--config.train.init_from={workdir} starts from this run's weights"
             )
     with checkpoint.Checkpoints(workdir) as saved, _Signals() as signals:
         return _run(config, workdir, saved, signals, say)

@@ -52,7 +52,8 @@ def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
     rows = content["sections"]["responses"]["rows"]
     error = {row["what"]: row["worst_error_db"] for row in rows if "worst_error_db" in row}
     assert error["EQST, value"] < 5e-5
-    assert all(x > 100 * error["EQST, value"] for x in error.values() if x > 1e-3)
+    for name in ("complex coefficients (JAX)", "FFT of coefficients (JAX)"):
+        assert error[f"{name}, value"] > 10 * error["EQST, value"]  # of two EQs; 1e4 of many
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 5000
     assert "target: scipy, value" in capsys.readouterr().out
     with pytest.raises(ValueError, match="exists already"):

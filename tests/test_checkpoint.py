@@ -375,6 +375,26 @@ def test_a_flipped_byte_is_not_loaded_for_analysis(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_where_no_best_can_be_read_the_last_is_taken(tmp_path: Path, caplog) -> None:
+    state = example_state()
+    with Checkpoints(tmp_path) as run:
+        run.save(0, state)
+        checkpoint.write_card(tmp_path, CARD)
+        with pytest.raises(
+            CheckpointError, match="has no best checkpoint: let it train for longer"
+        ):
+            checkpoint.load(tmp_path)  # of step 0 there is nothing but random numbers
+        run.save(40, state)
+        assert checkpoint.load(tmp_path).step == 40
+        assert "has no best checkpoint; taking the last one, of step 40" in caplog.text
+        run.save_best(30, {"w": jnp.arange(4096.0)}, 1.0)
+    assert checkpoint.load(tmp_path).step == 30
+    flip_data(tmp_path / "checkpoints" / "best" / "30")
+    loaded = checkpoint.load(tmp_path)
+    assert_same(loaded.params, jax.tree.map(np.asarray, state.params))
+    assert "no checkpoint in" in caplog.text and loaded.step == 40
+
+
 def test_all_damaged_never_starts_from_scratch(tmp_path: Path) -> None:
     _, newer = two_checkpoints(tmp_path)
     for step in ("10", "20"):
@@ -518,8 +538,6 @@ def test_load_needs_only_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run of EQST"):
         checkpoint.load(tmp_path)
     card = checkpoint.write_card(tmp_path, CARD)
-    with pytest.raises(CheckpointError, match="has no best checkpoint: which='last' has one"):
-        checkpoint.load(tmp_path)
     loaded = checkpoint.load(tmp_path, which="last")
     assert (loaded.card, loaded.step) == (card, 40)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(loaded.params))
