@@ -427,6 +427,7 @@ def main() -> None:
         config = validate(flags.FLAGS.config)
         train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
     except Interrupted as event:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what there was to save is saved
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BaseException as error:

@@ -155,8 +155,13 @@ def test_sigterm_and_sigint_twice_end_bitwise_equal(whole, cache, environment, t
         return process.returncode, err
 
     # While it counts statistics: once is remembered for the end of that, twice ends it at once.
-    said = "eqst.train: interrupted\n"
-    assert stopped_by("train: ", signal.SIGINT, signal.SIGINT) == (1, said)
+    # On a quick machine the end of that comes first, and the second may meet a process that goes.
+    code, err = stopped_by("train: ", signal.SIGINT, signal.SIGINT)
+    first = "SIGINT: stopped before training; the same command goes on\n"
+    if err == first:
+        assert code in (train.EXIT_INTERRUPTED, -signal.SIGINT)
+    else:
+        assert (code, err) == (1, "eqst.train: interrupted\n")
     code, err = stopped_by("train: ", signal.SIGTERM)
     assert code == train.EXIT_INTERRUPTED
     assert err == "SIGTERM: stopped before training; the same command goes on\n"
