@@ -5,7 +5,7 @@ import numpy as np
 from eqst.files import AudioError
 
 BLOCK_SECONDS = 0.1  # BS.1770 gates 400 ms blocks that overlap by 75 %: four of these
-_BLOCK_VALUES = 2**17  # samples times channels held at once: 1 MiB in float64, a core's cache
+_BLOCK_VALUES = 2**18  # samples times channels held at once: 2 MiB in float64
 
 
 def block_frames_for(channels: int) -> int:
