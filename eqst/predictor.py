@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from eqst import eq, observe, pooled
+from eqst import card, eq, observe, pooled
 from eqst.config import Config
 
 Params = dict[str, Any]
@@ -213,23 +213,27 @@ def _named(tree: dict[Any, Any]) -> Params:
     return {str(k): _named(x) if isinstance(x, dict) else x for k, x in tree.items()}
 
 
+def normalisation_shape(config: Config) -> Normalisation:
+    """The normalisation of these settings, with shapes and dtypes in place of arrays."""
+    samples = round(max(config.data.segment_seconds) * config.data.sample_rate)
+    seen = jax.eval_shape(
+        functools.partial(observe.heard, config), jax.ShapeDtypeStruct((samples,), jnp.float32)
+    )
+    shape = seen.shape[1:] if config.features.kind == "mel" else seen.shape
+    leaf: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Normalisation(leaf, leaf)
+
+
 def check_params(config: Config, params: dict[str, Any], source: str) -> None:
     """Whether what a checkpoint holds is a network of these settings, with its normalisation.
 
     Raises:
       ValueError: it is another one's, or has a number that is not finite.
     """
-    samples = round(max(config.data.segment_seconds) * config.data.sample_rate)
-    seen = jax.eval_shape(
-        functools.partial(observe.heard, config), jax.ShapeDtypeStruct((samples,), jnp.float32)
-    )
-    facts = jax.ShapeDtypeStruct(
-        seen.shape[1:] if config.features.kind == "mel" else seen.shape, jnp.float32
-    )
     wanted = _shapes(
         {
             "network": jax.eval_shape(functools.partial(init, config), jax.random.key(0)),
-            "normalisation": {"mean": facts, "scale": facts},
+            "normalisation": normalisation_shape(config)._asdict(),
         }
     )
     found = _shapes(params)
@@ -246,11 +250,7 @@ def check_params(config: Config, params: dict[str, Any], source: str) -> None:
 
 def _shapes(tree: dict[str, Any]) -> dict[str, str]:
     """[3, 4] and the like, by path; whatever floats a file stores."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): str(list(x.shape))
-        for path, x in paths
-    }
+    return {name: str(list(leaf.shape)) for name, leaf in card.named_leaves(tree).items()}
 
 
 def _decode(config: Config, outputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:

@@ -34,7 +34,6 @@ from eqst import (
     eq,
     mesh,
     objective,
-    observe,
     pairs,
     predictor,
 )
@@ -374,15 +373,9 @@ def _restore(
 ) -> tuple[State, predictor.Normalisation] | None:
     """The newest intact checkpoint, or None."""
     state = jax.eval_shape(make_state)
-    samples = round(max(config.data.segment_seconds) * config.data.sample_rate)
-    seen = jax.eval_shape(
-        functools.partial(observe.heard, config), jax.ShapeDtypeStruct((samples,), jnp.float32)
-    )
-    shape = seen.shape[1:] if config.features.kind == "mel" else seen.shape
-    leaf: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.params),
-        _saved_tree(state, predictor.Normalisation(leaf, leaf)),
+        _saved_tree(state, predictor.normalisation_shape(config)),
     )
     found = saved.restore(abstract)
     if found is None:
