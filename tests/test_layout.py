@@ -33,7 +33,7 @@ ORDER = (
     ),
     *("objective", "batches", "record", "train"),
     # what is done with it
-    *("metrics", "bayes", "linear", "baselines", "trials", "report", "picture"),
+    *("metrics", "bayes", "linear", "baselines", "trials", "charts", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
 )
 
@@ -44,7 +44,7 @@ OWNERS = {
     "array_record": {"corpus", "data"},
     "flax": {"predictor"},
     "orbax": {"checkpoint"},
-    "matplotlib": {"picture", "report"},
+    "matplotlib": {"picture", "charts"},
     "torch": {"rivals", "contests"},
 }
 
