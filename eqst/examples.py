@@ -18,7 +18,6 @@ from eqst import analysis, audio, biquad, corpus, eq, loudness, match, metrics, 
 from eqst.settings import Settings
 
 PEAK_DBFS = -1.0
-MAX_SECONDS = 10.0
 FULL_SCALE = 32768.0
 LEAST_LUFS = -35.0  # the seed's rule for what is compared
 
@@ -246,27 +245,29 @@ def matched(
     reference: Take,
     matcher: match.Matcher,
     *,
-    about: str = "",
+    note: str = "",
+    heard: tuple[analysis.Recording, analysis.Recording] | None = None,
     other: Take | None = None,
 ) -> Example:
-    """An example without a true EQ: what the model makes of two takes, judged by their spectra.
+    """An example without a true EQ: what the model makes of two takes.
 
-    The distance is that of the long-term spectra to the reference, 64 bands, level removed.
+    Args:
+      note: what to say of it.
+      heard: what the model predicts from; without, it is the takes themselves.
+      other: another system's output, to stand beside ours.
     """
-    floats = [x.clip.samples_T.astype(np.float32) / FULL_SCALE for x in (input, reference)]
-    heard = [
-        analysis.from_array(x, take_.clip.sample_rate, take_.label.lower())
-        for x, take_ in zip(floats, (input, reference), strict=True)
-    ]
-    ours = equalised("Processed", f"{name}-processed", input.clip, matcher.match(*heard).settings.params)
-    takes = (input, reference, ours) if other is None else (input, reference, ours, other)
-    distances = ", ".join(
-        f"{'untouched' if x is input else x.label.lower()} {distance_db(x, reference):.1f} dB"
-        for x in (input, *takes[2:])
-    )
+    if heard is None:
+        heard = _recording(input), _recording(reference)
+    params = matcher.match(*heard).settings.params
+    ours = equalised("Processed", f"{name}-processed", input.clip, params)
     assert ours.settings is not None
-    note = f"{about} Distance of the spectrum to the reference's: {distances}.".strip()
+    takes = (input, reference, ours) if other is None else (input, reference, ours, other)
     return Example(name, title, note, takes, ours.settings)
+
+
+def _recording(one: Take) -> analysis.Recording:
+    samples_T = one.clip.samples_T.astype(np.float32) / FULL_SCALE
+    return analysis.from_array(samples_T, one.clip.sample_rate, one.label.lower())
 
 
 def distance_db(heard: Take, reference: Take) -> float:

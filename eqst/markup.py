@@ -26,7 +26,7 @@ def text(content: Any) -> Html:
     return Html("".join(text(part) for part in content))
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """An element: `tag("p", "a < b", cls="note", aria_label="..")`.
 
     Underscores in attributes' names become hyphens and `cls` is class; True is an attribute
@@ -114,6 +114,11 @@ def data(name: str, content: Any) -> Html:
     for sign in "<>&":
         inside = inside.replace(sign, f"\\u{ord(sign):04x}")
     return tag("script", Html(inside), type="application/json", id=name)
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A number with its sign, a true minus before what is below 0."""
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 def anchor(words: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eqst.examples import Example, Take, apo_text, matched_gains_db, sections
-from eqst.markup import Html, data, details, section, tag
+from eqst.markup import Html, data, details, section, signed, tag
 
 TITLE = "One-shot EQ style transfer: supplementary page"
 GENERATOR = "eqst.report"
@@ -59,7 +59,7 @@ def document(
         "body",
         tag("a", "Skip to the content", href="#main", cls="skip"),
         tag("div", top, tag("div", nav, main, cls="body"), cls="frame"),
-        data("examples", {example.name: _facts(example) for example in examples}),
+        data("examples-data", {example.name: _facts(example) for example in examples}),
         tag("script", src="page.js"),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
@@ -175,9 +175,9 @@ def _comparison(example: Example) -> Html:
 
 def _settings(example: Example) -> Html:
     found, name = example.found, f"{example.name}-settings"
-    bands = ", ".join(f"{x.frequency_hz:.0f} Hz {x.gain_db:+.1f} dB" for x in found.bands)
+    bands = ", ".join(f"{x.frequency_hz:.0f} Hz {signed(x.gain_db)} dB" for x in found.bands)
     return details(
-        f"Settings: {bands.replace('-', '\u2212')}",
+        f"Settings: {bands}",
         tag("pre", apo_text(found), id=name, tabindex="0", role="region", aria_label=f"Settings: {example.title}"),
         tag("button", "Copy as text", type="button", cls="copy", data_copy=name),
         tag("button", "Copy as JSON", type="button", cls="copy", data_json=example.name),

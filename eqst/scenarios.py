@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eqst import audio, corpus, match, metrics, pairs, triples
-from eqst.examples import MAX_SECONDS, Example, Say, Take, matched, take
+from eqst import analysis, audio, corpus, match, metrics, pairs, triples
+from eqst.examples import Example, Say, Take, distance_db, matched, take
 
 # Seconds of input and of reference, neighbours in one piece: each pair is heard both ways round.
 MUSIC_SECONDS = ((3.0, 5.0), (4.0, 7.0), (6.0, 6.0), (5.0, 9.0), (10.0, 8.0))
 SCENARIO_SECONDS = 5.0
+TRIPLE_SECONDS = 6.0  # of a triple that are heard; it is judged as a whole
 PAIRS = 4
 
 # What makes a voice annoying: a band's level above that of another, Hz.
@@ -89,18 +90,20 @@ def _both_ways(
     name: str, first: Take, second: Take, about: str, matcher: match.Matcher
 ) -> list[Example]:
     """The same two recordings as input and reference, and the other way round."""
-    forward, back = f"{about}.", f"{about}; swapped."
+    swapped = second._replace(label="Input"), first._replace(label="Reference")
     return [
-        matched(f"{name}-there", "", first, second, matcher, about=forward),
-        matched(
-            f"{name}-back",
-            "",
-            second._replace(label="Input"),
-            first._replace(label="Reference"),
-            matcher,
-            about=back,
-        ),
+        _told(matched(f"{name}-there", "", first, second, matcher), about),
+        _told(matched(f"{name}-back", "", *swapped, matcher), f"{about}; swapped"),
     ]
+
+
+def _told(example: Example, about: str) -> Example:
+    heard, reference, ours = example.takes
+    before, after = (distance_db(x, reference) for x in (heard, ours))
+    return example._replace(
+        note=f"{about}. Distance of the spectrum to the reference's: {before:.1f} dB untouched, "
+        f"{after:.1f} dB processed."
+    )
 
 
 # ------------------------------------------------------------------------------ scenarios
@@ -186,28 +189,58 @@ def scenario(
 # ------------------------------------------------------------------------------ triples
 
 
-def of_triples(
-    folder: pathlib.Path, matcher: match.Matcher, say: Say
-) -> dict[str, list[Example]]:
-    """The paper's triples by set: its processed audio beside ours, at most ten seconds of each.
+class Set(NamedTuple):
+    """The triples of one kind: examples, and the mean distance of each answer in dB."""
+
+    name: str
+    examples: list[Example]
+    distance_db: dict[str, float]
+
+
+def of_triples(folder: pathlib.Path, matcher: match.Matcher, say: Say) -> list[Set]:
+    """The paper's triples by set: its processed audio beside ours, some seconds of each.
+
+    Predictions and distances are made of the whole files, as `eqst.triples` does.
 
     Raises:
       ValueError: as `triples.find`; AudioError where a file cannot be used.
     """
     found = triples.find(folder)
-    sets: dict[str, list[Example]] = {}
+    sets: dict[str, list[tuple[Example, dict[str, float]]]] = {}
     for done, triple in enumerate(found, start=1):
-        name = f"triple-{done}"
-        takes = []
-        files = (triple.input, triple.reference, triple.other)
-        for label, path in zip(("Input", "Reference", "Paper"), files, strict=True):
-            rate = audio.info(path).sample_rate
-            frames = min(audio.info(path).frames, round(MAX_SECONDS * rate))
-            samples_T = audio.to_mono(audio.read(path, frames=frames).samples_TC)
-            takes.append(take(label, f"{name}-{label.lower()}", samples_T, rate))
-        made = matched(
-            name, triple.name, takes[0], takes[1], matcher, other=takes[2]
-        )
-        sets.setdefault(triple.group, []).append(made)
+        distances = triples.judge(triple, matcher)["bands64"]
+        example = _triple(f"triple-{done}", triple, matcher, distances)
+        sets.setdefault(triple.group, []).append((example, distances))
         say(f"triples: {done} of {len(found)}")
-    return sets
+    return [
+        Set(
+            group,
+            [example for example, _ in rows],
+            {x: float(np.mean([distances[x] for _, distances in rows])) for x in triples.ANSWERS},
+        )
+        for group, rows in sets.items()
+    ]
+
+
+def _triple(
+    name: str, triple: triples.Triple, matcher: match.Matcher, distances: dict[str, float]
+) -> Example:
+    takes = []
+    for label, path in (
+        ("Input", triple.input),
+        ("Reference", triple.reference),
+        ("Paper", triple.other),
+    ):
+        info = audio.info(path)
+        frames = min(info.frames, round(TRIPLE_SECONDS * info.sample_rate))
+        samples_T = audio.to_mono(audio.read(path, frames=frames).samples_TC)
+        takes.append(take(label, f"{name}-{label.lower()}", samples_T, info.sample_rate))
+    note = (
+        f"Distance of the spectrum to the reference's: {distances['untouched']:.1f} dB untouched, "
+        f"{distances['eqst']:.1f} dB processed, {distances['theirs']:.1f} dB the paper's, "
+        f"{distances['ltas_fit']:.1f} dB an LTAS fit."
+    )
+    heard = analysis.from_file(triple.input), analysis.from_file(triple.reference)
+    return matched(
+        name, triple.name, takes[0], takes[1], matcher, note=note, heard=heard, other=takes[2]
+    )

@@ -6,7 +6,7 @@
   const SWITCH_S = 0.02; // a linear crossfade: input and processed are coherent
   const EDGE_S = 0.005; // fades at both ends of a clip, so that the loop has no seam
   const TAIL_S = 1.0; // silence after the clip while rendering: browsers stop filters early
-  const groups = JSON.parse(document.getElementById("examples").textContent);
+  const groups = JSON.parse(document.getElementById("examples-data").textContent);
   const arriving = new Map(); // clip name -> {promise, resolve}
   const contexts = new Map(); // sample rate -> {context, output}
   let playing = null; // the group that plays
