@@ -14,7 +14,7 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "files", "command", "mesh", "card", "seal", "lock", "checkpoint"),
+    *("config", "files", "command", "mesh", "card", "seal", "lock", "arrays", "checkpoint"),
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
@@ -33,8 +33,11 @@ ORDER = (
     ),
     *("objective", "batches", "record", "train"),
     # what is done with it
-    *("metrics", "bayes", "linear", "baselines", "trials", "charts", "picture"),
+    *("metrics", "comparison", "bayes", "linear", "baselines", "trials", "latents", "charts"),
+    "picture",
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
+    # and what is shown of it
+    *("markup", "drawing", "examples", "scenarios", "page", "findings", "insights", "report"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).
@@ -43,7 +46,7 @@ OWNERS = {
     "tensorflow_datasets": {"corpus", "data"},
     "array_record": {"corpus", "data"},
     "flax": {"predictor"},
-    "orbax": {"checkpoint"},
+    "orbax": {"arrays"},
     "matplotlib": {"picture", "charts"},
     "torch": {"rivals", "contests"},
 }
