@@ -17,7 +17,7 @@ import numpy as np
 from eqst.markup import Html, tag
 
 WIDTH, HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 10, 40
 STYLES = 8  # classes s0 .. s7 of page.css
 
 
@@ -108,7 +108,9 @@ def plot(
         line = f"{at_y(np.array(value)):.1f}"
         zero = " zero" if value == 0 and y.low < 0 else ""
         parts.append(tag("path", d=f"M{_LEFT} {line}h{box_w}", cls="grid" + zero))
-        parts.append(_label(f"{value:g}".replace("-", "\u2212"), _LEFT - 6, float(line) + 4.5, "end"))
+        parts.append(
+            _label(f"{value:g}".replace("-", "\u2212"), _LEFT - 6, float(line) + 4.5, "end")
+        )
     for value in x.ticks:
         column = f"{at_x(np.array(value)):.1f}"
         parts.append(tag("path", d=f"M{column} {_TOP}v{box_h}", cls="grid"))
@@ -122,7 +124,9 @@ def plot(
         xs, ys = at_x(curve.x), at_y(curve.y)
         if curve.low is not None and curve.high is not None:
             outline = np.r_[at_y(curve.low), at_y(curve.high)[::-1]]
-            parts.append(tag("path", d=_path(np.r_[xs, xs[::-1]], outline) + "Z", cls=f"band {style}"))
+            parts.append(
+                tag("path", d=_path(np.r_[xs, xs[::-1]], outline) + "Z", cls=f"band {style}")
+            )
         parts.append(tag("path", d=_path(xs, ys), cls=f"line {style}"))
         if curve.points or len(xs) == 1:
             parts += [

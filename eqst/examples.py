@@ -14,7 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eqst import analysis, audio, biquad, corpus, eq, loudness, match, metrics, render, settings, trials
+from eqst import (
+    analysis,
+    audio,
+    biquad,
+    corpus,
+    eq,
+    loudness,
+    match,
+    metrics,
+    render,
+    settings,
+    trials,
+)
 from eqst.settings import Settings
 
 PEAK_DBFS = -1.0
@@ -278,3 +290,8 @@ def distance_db(heard: Take, reference: Take) -> float:
         for x in (heard, reference)
     ]
     return metrics.ltas_distance_db(*floats, rate, kind="bands64")
+
+
+def numbered(rows: list[Example]) -> list[Example]:
+    """The examples with their places in a table as titles."""
+    return [x._replace(title=f"Example {n}") for n, x in enumerate(rows, start=1)]

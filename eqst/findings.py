@@ -1,4 +1,4 @@
-"""What was measured, as sections of the page: responses, ablation, benchmark, curves, provenance."""
+"""What was measured, as sections of the page: responses, ablation, benchmark, curves."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ PAPERS = ("db_mel_pm", "db_mel_bl", "linear_mel_bl")
 
 BIBTEX = """\
 @inproceedings{mimilakis2020oneshot,
-  title = {One-Shot Parametric Audio Production Style Transfer with Application to Frequency Equalization},
+  title = {One-Shot Parametric Audio Production Style Transfer with Application to Frequency
+    Equalization},
   author = {Mimilakis, Stylianos I. and Bryan, Nicholas J. and Smaragdis, Paris},
   booktitle = {IEEE International Conference on Acoustics, Speech and Signal Processing (ICASSP)},
   pages = {256--260}, year = {2020}, doi = {10.1109/ICASSP40776.2020.9054108}
 }
-@software{eqst, title = {EQST: one-shot EQ style transfer in JAX}, year = {2026}, license = {Apache-2.0}}"""
+@software{eqst,
+  title = {EQST: one-shot EQ style transfer in JAX}, year = {2026}, license = {Apache-2.0}
+}"""
 
 
 # ------------------------------------------------------------------------------ responses
@@ -141,7 +144,9 @@ def _settings_table(number: int, true: eq.EqParams, predicted: eq.EqParams) -> H
         for x in (true, predicted):
             cells += [f"{x.freq_hz[k]:.0f}", signed(x.gain_db[k]), f"{x.q[k]:.2f}"]
         rows.append(cells)
-    head = ["band"] + [f"{who} {what}" for who in ("target", "predicted") for what in ("Hz", "dB", "Q")]
+    head = ["band"] + [
+        f"{who} {what}" for who in ("target", "predicted") for what in ("Hz", "dB", "Q")
+    ]
     return table(f"Example {number}, settings", head, rows)
 
 
@@ -164,7 +169,9 @@ def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 def ablation(content: Mapping[str, Any] | None) -> Html:
     """A table for each factor of the ablation: means over seeds, and differences from the base."""
     if content is None:
-        return missing("No ablation.json was given: run launch/sweep.py and name its folder by --results.")
+        return missing(
+            "No ablation.json was given: run launch/sweep.py and name its folder by --results."
+        )
     columns = list(content["columns"])
     about = tag(
         "p",
@@ -249,7 +256,8 @@ def error_against_seconds(results: Mapping[str, Mapping[str, Any]]) -> Html:
     }
     if not evaluated:
         return missing(
-            "No results of python -m eqst.evaluate were given: name the folder of its results.json by --results."
+            "No results of python -m eqst.evaluate were given: name the folder of its results.json "
+            "by --results."
         )
     fullest = max(evaluated, key=lambda name: _methods(evaluated[name]))
     protocols = [x for x in ("plain", "coloured") if any(x in y for y in evaluated.values())]
@@ -258,7 +266,11 @@ def error_against_seconds(results: Mapping[str, Mapping[str, Any]]) -> Html:
     lines = [(name, name, "model", 1 + style) for style, name in enumerate(drawn)]
     lines += [
         (label, fullest, method, style)
-        for method, label, style in (("do_nothing", "do nothing", 0), ("ltas_shrunk", "LTAS fit, tuned", 6), ("bayes", "Bayes", 7))
+        for method, label, style in (
+            ("do_nothing", "do nothing", 0),
+            ("ltas_shrunk", "LTAS fit, tuned", 6),
+            ("bayes", "Bayes", 7),
+        )
         if _series(evaluated[fullest], protocols[0], method)
     ]
     plots = [_seconds_plot(protocol, evaluated, lines) for protocol in protocols]
@@ -269,7 +281,10 @@ def error_against_seconds(results: Mapping[str, Mapping[str, Any]]) -> Html:
             cells = []
             for protocol in protocols:
                 series = dict(_series(evaluated[name], protocol, method))
-                cells += [_interval(series[x]) if x in series else "\u2013" for x in _lengths(evaluated, protocol)]
+                cells += [
+                    _interval(series[x]) if x in series else "\u2013"
+                    for x in _lengths(evaluated, protocol)
+                ]
             if any(cell != "\u2013" for cell in cells) and (method == "model" or name == fullest):
                 rows.append([name if method == "model" else label, *cells])
     head = ["method"] + [f"{p} {x:g} s" for p in protocols for x in _lengths(evaluated, p)]
@@ -278,7 +293,9 @@ def error_against_seconds(results: Mapping[str, Mapping[str, Any]]) -> Html:
         "Shape RMSE over held-out talkers against seconds of input and of reference; shaded: 95 % "
         f"intervals. The baselines are those of {fullest}. ",
         f"Drawn are the paper's three and the best of the others, {len(drawn)} of {len(order)}; "
-        "all stand in the table." if len(order) > len(drawn) else None,
+        "all stand in the table."
+        if len(order) > len(drawn)
+        else None,
     )
     return tag(
         "div",
@@ -332,7 +349,9 @@ def _seconds_plot(
         curves.append(Curve(label, x, mean, style, low, high, points=True))
         said.append(f"{label} {mean[0]:.2f} dB at {x[0]:g} s, {mean[-1]:.2f} dB at {x[-1]:g} s")
     ticks = tuple(_lengths(evaluated, protocol))
-    axis = drawing.Axis("seconds of each recording", ticks[0] / 1.15, ticks[-1] * 1.15, ticks, log=True)
+    axis = drawing.Axis(
+        "seconds of each recording", ticks[0] / 1.15, ticks[-1] * 1.15, ticks, log=True
+    )
     top = max(float(curve.high.max()) for curve in curves if curve.high is not None)
     drawn = plot(
         f"seconds-{anchor(protocol)}",
@@ -362,13 +381,25 @@ def training(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
         steps, values = (np.array(column, float) for column in zip(*shown, strict=True))
         curves.append(Curve(name, steps, values, 1 + number, points=len(steps) < 12))
         for k in sorted({round(q * (len(shown) - 1)) for q in (0, 0.25, 0.5, 0.75, 1)}):
-            near = min(trained, key=lambda pair: abs(pair[0] - shown[k][0]))[1] if trained else np.nan
-            rows.append([name, f"{shown[k][0]:,}", f"{near:.2f}", f"{shown[k][1]:.2f}" if valid else "\u2013"])
+            near = (
+                min(trained, key=lambda pair: abs(pair[0] - shown[k][0]))[1] if trained else np.nan
+            )
+            rows.append(
+                [
+                    name,
+                    f"{shown[k][0]:,}",
+                    f"{near:.2f}",
+                    f"{shown[k][1]:.2f}" if valid else "\u2013",
+                ]
+            )
     if not curves:
         return missing("The runs have no metrics.jsonl with a step in it: train for longer.")
     last = max(float(curve.x.max()) for curve in curves)
     top = max(float(curve.y.max()) for curve in curves)
-    words = "; ".join(f"{c.label}: {c.y[0]:.2f} dB at step {c.x[0]:.0f}, {c.y[-1]:.2f} dB at step {c.x[-1]:.0f}" for c in curves)
+    words = "; ".join(
+        f"{c.label}: {c.y[0]:.2f} dB at step {c.x[0]:.0f}, {c.y[-1]:.2f} dB at step {c.x[-1]:.0f}"
+        for c in curves
+    )
     drawn = plot(
         "training-curves",
         curves,
@@ -379,7 +410,9 @@ def training(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
         width=520,
         height=280,
     )
-    caption = "Shape error during training: on train talkers held out (on the batches where none are)."
+    caption = (
+        "Shape error during training: on train talkers held out (on the batches where none are)."
+    )
     head = ["run", "step", "training", "held out"]
     numbers = table("Shape error in dB while training", head, rows)
     return tag(

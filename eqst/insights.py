@@ -92,7 +92,9 @@ def _model(one: View) -> Html:
     scale = tag(
         "div",
         drawing.image(drawing.scale_png(), "", aria_hidden="true"),
-        tag("div", [tag("span", x) for x in (f"\u2212{limit:.3g}", "0", f"{limit:.3g}")], cls="ends"),
+        tag(
+            "div", [tag("span", x) for x in (f"\u2212{limit:.3g}", "0", f"{limit:.3g}")], cls="ends"
+        ),
         cls="scale",
     )
     return tag(

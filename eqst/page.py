@@ -22,7 +22,10 @@ POLICY = (
 
 
 def document(
-    *, lede: Html, facts: Sequence[tuple[str, Any]], parts: Sequence[tuple[str, str, Html]],
+    *,
+    lede: Html,
+    facts: Sequence[tuple[str, Any]],
+    parts: Sequence[tuple[str, str, Html]],
     examples: Sequence[Example],
 ) -> str:
     """The whole page.
@@ -152,21 +155,27 @@ def _comparison(example: Example) -> Html:
     return tag(
         "fieldset",
         tag("legend", f"Compare: {example.title}"),
-        tag("button", "Play", type="button", cls="play", aria_pressed="false"),
-        tag("span", choices, cls="choices"),
         tag(
-            "input",
-            type="range",
-            min="0",
-            max=f"{seconds:.2f}",
-            step="0.01",
-            value="0",
-            aria_label="Position",
-            aria_valuetext=f"0.0 of {seconds:.1f} seconds",
+            "div",
+            tag("button", "Play", type="button", cls="play", aria_pressed="false"),
+            tag("span", choices, cls="choices"),
+            tag(
+                "input",
+                type="range",
+                min="0",
+                max=f"{seconds:.2f}",
+                step="0.01",
+                value="0",
+                aria_label="Position",
+                aria_valuetext=f"0.0 of {seconds:.1f} seconds",
+            ),
         ),
-        tag("label", tag("input", type="checkbox", checked=True), " equal loudness"),
-        tag("button", "Download processed (WAV)", type="button", cls="save"),
-        tag("output", role="status", cls="said"),
+        tag(
+            "div",
+            tag("label", tag("input", type="checkbox", checked=True), " equal loudness"),
+            tag("output", role="status", cls="said"),
+            tag("button", "Download processed (WAV)", type="button", cls="save"),
+        ),
         cls="compare",
         data_example=example.name,
         hidden=True,
@@ -178,7 +187,14 @@ def _settings(example: Example) -> Html:
     bands = ", ".join(f"{x.frequency_hz:.0f} Hz {signed(x.gain_db)} dB" for x in found.bands)
     return details(
         f"Settings: {bands}",
-        tag("pre", apo_text(found), id=name, tabindex="0", role="region", aria_label=f"Settings: {example.title}"),
+        tag(
+            "pre",
+            apo_text(found),
+            id=name,
+            tabindex="0",
+            role="region",
+            aria_label=f"Settings: {example.title}",
+        ),
         tag("button", "Copy as text", type="button", cls="copy", data_copy=name),
         tag("button", "Copy as JSON", type="button", cls="copy", data_json=example.name),
     )

@@ -1,4 +1,4 @@
-"""Recordings without a known EQ, for the page: music, sibilance and muddy bass, the paper's triples.
+"""Recordings without a known EQ, for the page: music, sibilance, muddy bass, triples.
 
 Everything is chosen by a rule that the page states, from what the recordings measure.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eqst import analysis, audio, corpus, match, metrics, pairs, triples
-from eqst.examples import Example, Say, Take, distance_db, matched, take
+from eqst.examples import Example, Say, Take, distance_db, matched, numbered, take
 
 # Seconds of input and of reference, neighbours in one piece: each pair is heard both ways round.
 MUSIC_SECONDS = ((3.0, 5.0), (4.0, 7.0), (6.0, 6.0), (5.0, 9.0), (10.0, 8.0))
@@ -64,9 +64,10 @@ def music(folder: pathlib.Path, matcher: match.Matcher, say: Say) -> list[Exampl
         say(f"music: {len(rows)} of {2 * len(MUSIC_SECONDS)}")
     if not rows:
         raise ValueError(
-            f"--music={folder} has no audio file of {sum(MUSIC_SECONDS[0]):g} s or more: give longer ones"
+            f"--music={folder} has no audio file of {sum(MUSIC_SECONDS[0]):g} s or more: give "
+            "longer ones"
         )
-    return rows
+    return numbered(rows)
 
 
 def _neighbours(
@@ -183,7 +184,7 @@ def scenario(
         second = take("Reference", f"{name}-b", good.samples_T, rate)
         rows += _both_ways(name, first, second, about, matcher)
         say(f"{kind}: {len(rows)} of {2 * len(worst)}")
-    return rows
+    return numbered(rows)
 
 
 # ------------------------------------------------------------------------------ triples

@@ -37,7 +37,8 @@ ORDER = (
     "picture",
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
     # and what is shown of it
-    *("markup", "drawing", "examples", "scenarios", "page", "findings", "insights", "report"),
+    *("markup", "drawing", "examples", "scenarios", "page", "site"),
+    *("findings", "insights", "material", "chapters", "report"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).
