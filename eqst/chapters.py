@@ -80,8 +80,8 @@ def audio(speech: list[examples.Example], music: list[examples.Example], seconds
     if music:
         words = (
             f"The same model, trained on speech of {seconds:g} s, on music of various lengths, "
-            "with nothing retrained: neighbouring excerpts of one piece, each pair also with input and "
-            "reference swapped. What differs between neighbours is content, not production, so "
+            "with nothing retrained: neighbouring excerpts of one piece, each pair also with input "
+            "and reference swapped. What differs between neighbours is content, not production, so "
             "little equalisation is the right answer."
         )
         inside: Any = (tag("p", words), page.listening("Music, without a known EQ", music))
@@ -173,8 +173,8 @@ def latents_and_claims(
     told = (
         "Four test points from the pairs above, chosen by rule: input and reference at "
         f"{examples.LEAST_LUFS:g} LUFS or louder, the two of least and the two of largest shape "
-        "error of the model shown. Extracted is what the encoder gives for each recording, fed is what "
-        "the predictor gets of both. A coefficient counts as nullified under "
+        "error of the model shown. Extracted is what the encoder gives for each recording, fed is "
+        "what the predictor gets of both. A coefficient counts as nullified under "
         f"{insights.NULL_SHARE:g} of its own standard deviation over {insights.SPREAD_PAIRS} "
         "train pairs."
     )

@@ -187,10 +187,12 @@ def test(
     assert trial.predicted is not None
     rate = recordings.sample_rate
     true = eq.from_unit(eq.table(run.config.eq_table), trial.unit_nKP.astype(np.float64))
+    # As the pairs are rendered: at low rates the table reaches beyond what a band can be.
+    true, predicted = (eq.limit_to_rate(x, rate)[0] for x in (true, trial.predicted))
     grid_F = eq.curve_grid_hz(rate)
     curves = [
         np.asarray(eq.response_db(x, grid_F, sample_rate=rate), np.float64)
-        for x in (trial.predicted, true)
+        for x in (predicted, true)
     ]
     lufs = [[loudness.loudness_lufs(x[:, None], rate) for x in pair] for pair in trial.audio]
     return Test(
@@ -198,7 +200,7 @@ def test(
         np.stack([pair[0] for pair in trial.audio]),
         np.stack([pair[1] for pair in trial.audio]),
         true,
-        trial.predicted,
+        predicted,
         metrics.curve_errors(*curves)["shape_rmse_db"],
         np.array(lufs),
         tuple(recordings.talker_R[i] for i in trial.talker_n),

@@ -407,8 +407,7 @@ def training(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
         even_axis("shape error (dB)", 0.0, top, zero=True),
         title="Shape error on train talkers held out, while training",
         words=words + ".",
-        width=520,
-        height=280,
+        height=240,
     )
     caption = (
         "Shape error during training: on train talkers held out (on the batches where none are)."
