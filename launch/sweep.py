@@ -43,18 +43,27 @@ OTHER_PAIRS = re.compile(
 )
 
 
+class Place(NamedTuple):
+    """What a run stands for: a level of a factor with a seed; `index` is its order in sweep()."""
+
+    factor: str
+    level: str
+    seed: int
+    index: int
+
+
 class Member(NamedTuple):
     """One run of a sweep.
 
     Attributes:
       name: of its folder, "factor/level/seed" made safe for a path.
       config: its settings.
-      places: every (factor, level, seed) it stands for.
+      places: everything it stands for.
     """
 
     name: str
     config: config.Config
-    places: tuple[tuple[str, str, int], ...]
+    places: tuple[Place, ...]
 
 
 def expand(path: str, base: Any) -> list[Member]:
@@ -74,7 +83,8 @@ def expand(path: str, base: Any) -> list[Member]:
             f"--config={file} has no generator sweep(): see configs/ablation.py"
         )
     members: dict[str, Member] = {}
-    for factor, level, seed, changes in module["sweep"](*([argument] if colon else [])):
+    expanded = module["sweep"](*([argument] if colon else []))
+    for index, (factor, level, seed, changes) in enumerate(expanded):
         settings = base.copy_and_resolve_references()
         settings.seed = seed
         try:
@@ -83,7 +93,7 @@ def expand(path: str, base: Any) -> list[Member]:
             raise config.ConfigError(f"sweep: {factor}/{level} cannot be set: {error}") from None
         made = config.validate(settings)
         key = json.dumps(config.as_dict(made), sort_keys=True)
-        place = (factor, level, seed)
+        place = Place(factor, level, seed, index)
         name = "/".join(_safe(part) for part in (factor, level, str(seed)))
         if key in members:
             known = members[key]
@@ -317,8 +327,9 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
     talkers = outcomes[finished[0].name].talkers
     if any(outcomes[member.name].talkers != talkers for member in finished):
         raise ValueError("the runs were judged on different pairs: give all the same --data")
-    at = {place: member for member in finished for place in member.places}
-    order = dict.fromkeys((place[0], place[1]) for member in members for place in member.places)
+    at = {place[:3]: member for member in finished for place in member.places}
+    places = sorted((place for member in members for place in member.places), key=lambda x: x.index)
+    order = dict.fromkeys((place.factor, place.level) for place in places)
     levels: dict[str, dict[str, dict[str, comparison.Level]]] = {}
     skipped: set[str] = set()  # factors whose first level is missing
     for factor, level in order:
@@ -355,7 +366,7 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
             {
                 "name": member.name,
                 "settings": _settings_hash(member),
-                "places": [list(place) for place in member.places],
+                "places": [list(place[:3]) for place in member.places],
                 "facts": outcomes[member.name].facts,
                 "errors": outcomes[member.name].columns,
             }
