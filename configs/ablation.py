@@ -9,7 +9,7 @@ the levels that need recordings are left out. Seed s holds out fold s of five of
 so that the validation errors of the five seeds are one cross-validation.
 """
 
-from eqst import config
+from eqst import recipes
 
 SEEDS = 5
 
@@ -153,7 +153,7 @@ TIMES = ("train.steps", "train.batch_size")
 
 def get_config(folder=""):
     """`db_mel_pm` on the standard data."""
-    settings = config.paper()
+    settings = recipes.paper()
     if folder:
         settings.data.sources = (f"folder:{folder}", "synthetic")
         settings.data.source_weights = (0.5, 0.5)

@@ -14,7 +14,7 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "files", "command", "mesh", "card", "seal", "lock", "checkpoint"),
+    *("config", "recipes", "files", "command", "mesh", "card", "seal", "lock", "checkpoint"),
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound

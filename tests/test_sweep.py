@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 CONFIG = """
-from eqst import config
+from eqst import recipes
 
 def get_config(argument=""):
-    settings = config.paper()
+    settings = recipes.paper()
     settings.data.synthetic_talkers = 8
     settings.data.synthetic_seconds = 8.0
     settings.data.folds = 2
