@@ -94,7 +94,13 @@ def make_source(
 
 
 def measure_normalisation(config: Config, source: Source) -> predictor.Normalisation:
-    """Mean and deviation of the features over fixed training pairs, per band (and statistic)."""
+    """Mean and deviation of the features over fixed training pairs, per band (and statistic).
+
+    Without `features.normalise` they are 0 and 1.
+    """
+    if not config.features.normalise:
+        shape = predictor.normalisation_shape(config).mean.shape
+        return predictor.Normalisation(np.zeros(shape, np.float32), np.ones(shape, np.float32))
     see = jax.jit(source.see, static_argnums=2)
     first = NORMALISATION_FIRST // config.train.batch_size
     first -= first % len(config.data.segment_seconds)

@@ -87,6 +87,8 @@ class Features:
     high_hz: float = 20000.0
     scale: str = "db"  # linear | db
     floor_db: float = -80.0
+    # Off feeds the network features as they are (for the paper's claims on its latents).
+    normalise: bool = True
     bands_per_octave: int = 8
 
 

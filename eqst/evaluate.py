@@ -1,8 +1,8 @@
 """Held-out error beside the baselines: `python -m eqst.evaluate --workdir=DIR --output=DIR`.
 
 Fixed, seeded pairs of talkers that were not trained on, for each protocol and length, on audio
-filtered exactly. Every method gets the same pairs. Writes results.json,
-table.txt and error_seconds.png.
+filtered exactly. Every method gets the same pairs. Writes results.json, table.txt, errors.csv (the
+shape error of every method for every pair) and error_seconds.png.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,40 @@ from eqst import (
     predictor,
     report,
 )
-from eqst.config import Data, as_dict, from_dict
+from eqst.config import Config, Data, as_dict, from_dict
 from eqst.files import result_folder, write_json, write_text
 from eqst.trials import Run, Trial, open_run, run_trial
 
 PROTOCOLS = ("plain", "coloured")
 AUDIO_PAIRS = 200
-RESULTS = ("results.json", "table.txt", "error_seconds.png")
+RESULTS = ("results.json", "table.txt", "errors.csv", "error_seconds.png")
+
+
+class ErrorRow(NamedTuple):
+    """One row of errors.csv: the shape error of one method for one pair."""
+
+    protocol: str
+    seconds: float
+    pair: int
+    talker: str
+    method: str
+    shape_rmse_db: float
+
+
+def errors_text(errors: list[ErrorRow]) -> str:
+    """CSV of the rows, errors to 1e-4 dB."""
+    lines = [",".join(ErrorRow._fields)]
+    lines += [
+        f"{row.protocol},{row.seconds:g},{row.pair},{_quoted(row.talker)},{row.method},"
+        f"{row.shape_rmse_db:.4f}"
+        for row in errors
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A CSV field of any text: a talker is named by a folder, which may be called anything."""
+    return '"' + text.replace('"', '""') + '"' if set(text) & set('",\r\n') else text
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -137,8 +164,9 @@ def evaluate(
     tuning: corpus.Corpus,
     *,
     with_baselines: bool = True,
+    with_audio: bool = True,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[ErrorRow]]:
     """All figures of a run.
 
     Args:
@@ -146,15 +174,19 @@ def evaluate(
       held_out: recordings of talkers it was not trained on.
       tuning: recordings of training talkers, on which the baselines are tuned, per length.
       with_baselines: False asks the model alone (for ablations).
+      with_audio: False leaves out the measures on audio and the properties.
       say: progress lines.
 
     Returns:
-      {"figures": {protocol: {seconds: {method: figures}}}, "audio": .., "properties": ..}.
+      {"figures": {protocol: {seconds: {method: figures}}}, "audio": .., "properties": ..}, and
+      every method's shape error for every pair.
     """
     spec, rate = run.config.evaluation, run.config.data.sample_rate
     table = eq.table(run.config.eq_table)
     out: dict[str, Any] = {"figures": {}, "audio": {}, "tuned": {}}
+    errors: list[ErrorRow] = []
     jobs = [(protocol, seconds) for protocol in PROTOCOLS for seconds in spec.seconds]
+    keep = min(AUDIO_PAIRS, spec.pairs) if with_audio else 0
     began = time.monotonic()
     for done, (protocol, seconds) in enumerate(jobs):
         label = f"{seconds:g} s"
@@ -172,7 +204,7 @@ def evaluate(
                 seed=spec.seed,
                 ask_model=True,
                 with_evidence=with_baselines,
-                keep_audio=min(AUDIO_PAIRS, spec.pairs) if seconds == spec.seconds[0] else 0,
+                keep_audio=keep if seconds == spec.seconds[0] else 0,
             )
         except pairs.PairsError as error:
             say(f"{protocol} {label}: left out, {error}")
@@ -215,22 +247,29 @@ def evaluate(
                 for name, answer in methods.items()
             },
         }
+        true_nF = baselines.settings_curve(true, rate)
+        for name, answer in methods.items():
+            shape_n = metrics.curve_errors(answer.curve_db_nF, true_nF)["shape_rmse_db"]
+            errors += [
+                ErrorRow(protocol, seconds, pair, held_out.talker_R[talker], name, float(error))
+                for pair, (talker, error) in enumerate(zip(trial.talker_n, shape_n, strict=True))
+            ]
         if trial.audio:
             out["audio"][protocol] = _audio_figures(trial, methods, true, run)
             out["properties"] = properties(run, trial._replace(audio=trial.audio[:50]))
         left = (time.monotonic() - began) / (done + 1) * (len(jobs) - done - 1)
         mean = figures[label]["model"]["shape_rmse_db"]["mean"]
         say(f"{protocol} {label}: shape error {mean:.2f} dB; left {left / 60:.0f} min")
-    return out
+    return out, errors
 
 
-def select(run: Run, folder: str, manifest: str, split: str) -> tuple[Data, str]:
+def select(config: Config, folder: str, manifest: str, split: str) -> tuple[Data, str]:
     """Where held-out recordings come from: the run's own sources, or a folder of someone's.
 
     A folder the run was trained on is used by its split; of another folder without a manifest
     every talker is held out.
     """
-    data = run.config.data
+    data = config.data
     if not folder:
         return data, split
     source = f"folder:{folder}"
@@ -293,7 +332,7 @@ def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None
         spec = dataclasses.replace(spec, seconds=_seconds(options.seconds))
     changed = dataclasses.replace(run.config, evaluation=spec)
     run = run._replace(config=from_dict(as_dict(changed)))
-    data, split = select(run, options.data, options.manifest, options.split)
+    data, split = select(run.config, options.data, options.manifest, options.split)
     held_out = corpus.open_corpus(data, split, say)
     # Of a folder without a manifest every talker is held out: then tune on the run's own.
     tuned_on = data if (data.manifest or not options.data) else run.config.data
@@ -305,6 +344,7 @@ def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None
         say(f"baselines tuned on {talkers} talkers of {', '.join(tuned_on.sources)}")
     elif options.baselines:
         say(f"no baselines: they are tuned on {linear.FOLDS} talkers or more, here are {talkers}")
+    figures, errors = evaluate(run, held_out, tuning, with_baselines=with_baselines, say=say)
     results = {
         "command": command.line("eqst.evaluate"),
         "commit": run.commit,
@@ -314,7 +354,7 @@ def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None
         "split": split,
         "talkers": list(held_out.talker_R),
         "baselines_tuned_on": list(tuned_on.sources),
-        **evaluate(run, held_out, tuning, with_baselines=with_baselines, say=say),
+        **figures,
     }
     if not any(results["figures"].values()):
         lengths = ", ".join(f"{x:g}" for x in spec.seconds)
@@ -322,6 +362,7 @@ def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None
             f"no pair of {lengths} s can be made of these recordings: shorten --seconds"
         )
     write_json(output / "results.json", results)
+    write_text(output / "errors.csv", errors_text(errors))
     text = report.table_text(results)
     write_text(output / "table.txt", text)
     say("\n" + text)

@@ -178,7 +178,7 @@ def _pick(uniform: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def draw(
-    seed: int,
+    seed: int | jax.Array,
     k: jax.Array,
     index: Index,
     *,

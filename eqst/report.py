@@ -127,6 +127,47 @@ def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
+def sweep(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws every level of a sweep: how far its error is from its factor's first, with intervals.
+
+    Args:
+      content: of sweep.json; its first column is drawn.
+      path: PNG to write.
+
+    Raises:
+      ImportError: matplotlib (the extra [report]) is not installed.
+    """
+    new_figure = _figure_class()
+    column = content["columns"][0]
+    rows: list[tuple[str, Any, bool]] = []
+    for factor, levels in content["tables"].items():
+        rows.append((factor, None, True))
+        for row in levels:
+            name = f"{row['level']} ({row['seeds']})"
+            if row["base"]:
+                mean = row["figures"][column]["mean"]
+                rows.append((f"{name}: {mean:.2f} dB", {"mean": 0, "low": 0, "high": 0}, False))
+            elif column in row["differences"]:
+                rows.append((name, row["differences"][column], False))
+    figure = new_figure(figsize=(8.5, 0.2 * len(rows) + 0.9), layout="constrained")
+    panel = figure.subplots()
+    panel.axvline(0, color="#888888", lw=0.8)
+    for place, (_, found, _) in enumerate(rows):
+        if found is not None:
+            clear = found["low"] * found["high"] > 0
+            colour = "#888888" if not clear else "#c1272d" if found["mean"] > 0 else "#1f5fa8"
+            panel.plot([found["low"], found["high"]], [place, place], color=colour, lw=1.6)
+            panel.plot([found["mean"]], [place], "o", color=colour, ms=4)
+    panel.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
+    for label, (_, _, heading) in zip(panel.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if heading else "normal")
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="x", alpha=0.25)
+    panel.set_xlabel(f"shape RMSE, {column}: difference in dB from the first level (left: better)")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
 def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure

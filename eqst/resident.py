@@ -28,6 +28,8 @@ class Resident(NamedTuple):
       samples_T: [total] int16 with room for context before and a segment after; or [0].
       start_R, length_R: where a recording lies in it.
       gain_R: factor to -23 LUFS.
+      seed: [] of the run. Data, not a constant of the compiled step: members of a sweep that differ
+        by their seed share one compilation.
       banks: per length, [V, S, M] float16 statistics of the index's rows; or ().
     """
 
@@ -36,6 +38,7 @@ class Resident(NamedTuple):
     start_R: jax.Array | np.ndarray
     length_R: jax.Array | np.ndarray
     gain_R: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
     banks: tuple[jax.Array | np.ndarray, ...]
 
 
@@ -56,6 +59,7 @@ def load(
     Raises:
       ValueError: the corpus is too long for 32-bit positions (13.5 hours at 44.1 kHz).
     """
+    seed = np.asarray(config.seed, np.int32)
     if config.data.rendering == "pooled":
         # Once for all lengths; smaller than the banks that are made of them.
         @functools.cache
@@ -68,7 +72,7 @@ def load(
             for index, seconds in zip(indices, config.data.segment_seconds, strict=True)
         )
         nothing = np.zeros(0, np.int32)
-        return Resident(indices, nothing.astype(np.int16), nothing, nothing, nothing, banks)
+        return Resident(indices, nothing.astype(np.int16), nothing, nothing, nothing, seed, banks)
     margin = _margin(config)
     start_R = margin + np.concatenate([[0], np.cumsum(corpus.length_R)])
     if start_R[-1] + margin >= 2**31:
@@ -88,6 +92,7 @@ def load(
         start_R[:-1].astype(np.int32),
         corpus.length_R.astype(np.int32),
         corpus.gain_R.astype(np.float32),
+        seed,
         (),
     )
 
@@ -172,7 +177,7 @@ def pair(
     """
     data, rate = config.data, config.data.sample_rate
     plan = pairs.draw(
-        config.seed,
+        resident.seed,
         k,
         resident.indices[length_index],
         protocol=data.protocol,

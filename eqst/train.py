@@ -80,11 +80,13 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     )
 
 
-def init_state(config: Config, start: predictor.Params | None = None) -> State:
-    """The state before step 0: fresh parameters, or a copy of `start`."""
+def init_state(
+    config: Config, start: predictor.Params | None = None, key: jax.Array | None = None
+) -> State:
+    """The state before step 0: fresh parameters (of `key`; by default the seed's), or `start`."""
     params = start
     if params is None:
-        params = predictor.init(config, jax.random.key(config.seed))
+        params = predictor.init(config, jax.random.key(config.seed) if key is None else key)
     zero = jnp.zeros((), jnp.int32)
     return State(zero, params, optimiser(config).init(params), jax.tree.map(jnp.copy, params))
 
@@ -112,8 +114,10 @@ def train_step(
     config: Config, state: State, normalisation: predictor.Normalisation, seen: batches.Seen
 ) -> tuple[State, objective.Terms]:
     """One update. Pure; `config` is static. Returns the new state and the batch's mean terms."""
-    # A stream of its own, apart from the one that draws pairs.
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+    # A stream of its own, apart from the one that draws pairs. Without dropout nothing is drawn,
+    # and the seed is no part of the compiled step.
+    dropout = config.model.dropout > 0
+    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step) if dropout else None
 
     def loss(params: predictor.Params) -> tuple[jax.Array, objective.Terms]:
         terms_B = _batch_terms(config, params, normalisation, seen, key)
@@ -241,7 +245,11 @@ def _run(
         loaded = checkpoint.load(config.train.init_from, which="best")
         predictor.check_params(config, loaded.params, config.train.init_from)
         start = loaded.params["network"]
-    make_state = jax.jit(functools.partial(init_state, config, start), out_shardings=rules.params)
+    # The key is an argument, so that runs of other seeds find this compiled.
+    make_state = functools.partial(
+        jax.jit(functools.partial(init_state, config, start), out_shardings=rules.params),
+        key=jax.random.key(config.seed),
+    )
     resumed = _restore(config, saved, make_state, rules)
     if resumed is not None:
         state, normalisation = resumed

@@ -87,10 +87,9 @@ def run_trial(
 
     Where the model is asked, the pairs are a test, and `plain_reference` is not made.
     """
+    # Parameters are arguments: other runs of the same settings find this compiled.
     predict = jax.jit(
-        jax.vmap(
-            functools.partial(predictor.predict_audio, run.config, run.params, run.normalisation)
-        )
+        jax.vmap(functools.partial(predictor.predict_audio, run.config), in_axes=(None, None, 0, 0))
     )
     found: list[list[Evidence]] = [[], []] if ask_model else [[], [], []]
     answers, labels, talkers = [], [], []
@@ -107,7 +106,11 @@ def run_trial(
         for mine, sound_BT in zip(found, sounds, strict=True) if with_evidence else ():
             mine += _listen(list(sound_BT), recordings.sample_rate)
         if ask_model:
-            answers.append(jax.tree.map(np.asarray, predict(sounds[0], sounds[1])))
+            answers.append(
+                jax.tree.map(
+                    np.asarray, predict(run.params, run.normalisation, sounds[0], sounds[1])
+                )
+            )
         labels.append(plan.label_KP)
         talkers.append(plan.input_recording)
         for input_T, reference_T in zip(sounds[0], sounds[1], strict=True):

@@ -33,7 +33,7 @@ ORDER = (
     ),
     *("objective", "batches", "record", "train"),
     # what is done with it
-    *("metrics", "bayes", "linear", "baselines", "trials"),
+    *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "report", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
 )

@@ -1,0 +1,209 @@
+"""Variants compared over seeds, talkers and pairs: means, 95 % intervals, paired tests.
+
+A member is one training run, a level some members that differ by their seed alone. All members are
+judged on the same pairs, so that two levels are compared pair by pair and seed by seed.
+
+Two things are left to chance, and both are in every interval. Which talkers and pairs were drawn:
+bootstrap, talkers first, then the pairs of each. Which seed (and fold of the train talkers) a run
+had: a deviation whose variance is pooled over all levels of a sweep that have two seeds or more, as
+in an analysis of variance. So a level with one seed has an honest, wide interval too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+RESAMPLES = 2000
+
+
+class Level(NamedTuple):
+    """The errors of one level: a row for each seed, a column for each pair.
+
+    Attributes:
+      seeds: [S] which seeds.
+      error_SP: shape RMSE in dB.
+      talker_P: whose the pairs are.
+    """
+
+    seeds: tuple[int, ...]
+    error_SP: np.ndarray
+    talker_P: np.ndarray
+
+
+class SeedNoise(NamedTuple):
+    """How far one run's mean lies from its level's: standard deviation in dB, and its degrees of
+    freedom (0: nothing is known of it, and intervals leave it out)."""
+
+    deviation: float
+    freedom: int
+
+
+def seed_noise(means: list[np.ndarray]) -> SeedNoise:
+    """Pooled over levels: `means` has one array [S] of seeds' means for each; single ones say
+    nothing."""
+    repeated = [mean_S for mean_S in means if len(mean_S) > 1]
+    freedom = sum(len(mean_S) - 1 for mean_S in repeated)
+    if freedom == 0:
+        return SeedNoise(0.0, 0)
+    squares = sum(float(np.sum((mean_S - mean_S.mean()) ** 2)) for mean_S in repeated)
+    return SeedNoise(math.sqrt(squares / freedom), freedom)
+
+
+def bootstrap_means(
+    value_P: np.ndarray, talker_P: np.ndarray, seed: int, *, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """[resamples] means of a value per pair: talkers drawn with replacement, then pairs of each."""
+    rng = np.random.default_rng(seed)
+    talkers, which_P = np.unique(talker_P, return_inverse=True)
+    drawn_RG = rng.integers(len(talkers), size=(resamples, len(talkers)))
+    sums_R, counts_R = np.zeros(resamples), np.zeros(resamples)
+    for index in range(len(talkers)):
+        value_p = value_P[which_P == index]
+        times_R = (drawn_RG == index).sum(axis=1)
+        # As many of a talker's pairs as it has, for each time the talker was drawn.
+        times_Rp = rng.multinomial(times_R * len(value_p), np.full(len(value_p), 1 / len(value_p)))
+        sums_R += times_Rp @ value_p
+        counts_R += times_R * len(value_p)
+    return sums_R / counts_R
+
+
+def interval(
+    error_SP: np.ndarray, talker_P: np.ndarray, noise: SeedNoise, seed: int = 0
+) -> dict[str, float]:
+    """Mean over seeds and pairs, and its 95 % interval."""
+    means_R = bootstrap_means(error_SP.mean(axis=0), talker_P, seed)
+    if noise.freedom:
+        rng = np.random.default_rng(seed + 1)
+        scale = noise.deviation / math.sqrt(len(error_SP))
+        means_R = means_R + scale * rng.standard_t(noise.freedom, len(means_R))
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return {"mean": float(error_SP.mean()), "low": float(low), "high": float(high)}
+
+
+def gaps(level: Level, base: Level) -> np.ndarray:
+    """[S, P] level minus base on the seeds that both have.
+
+    Raises:
+      ValueError: no seed in common, or other pairs.
+    """
+    common = [s for s in level.seeds if s in base.seeds]
+    if not common or not np.array_equal(level.talker_P, base.talker_P):
+        raise ValueError("levels are compared on seeds and pairs that both have: there are none")
+    return np.stack(
+        [level.error_SP[level.seeds.index(s)] - base.error_SP[base.seeds.index(s)] for s in common]
+    )
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979), against false alarms over all of them."""
+    order = np.argsort(p_values)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def tables(
+    levels: dict[str, dict[str, dict[str, Level]]],
+) -> dict[str, list[dict[str, Any]]]:
+    """One table for each factor: a row for each level, compared with the factor's first.
+
+    Args:
+      levels: {factor: {level: {column: Level}}}; a column that the factor's first lacks is not
+        compared.
+
+    Returns:
+      {factor: [{level, base, seeds, figures: {column: mean, low, high}, differences: {column:
+      mean, low, high, seeds, p, p_holm}}]}. `p` is of a two-sided t-test of the seeds' mean
+      difference against the pooled seed noise (None where no level has two seeds): whether another
+      seed could have done it, on these talkers; `p_holm` counts all comparisons of a column.
+    """
+    every = [columns for rows in levels.values() for columns in rows.values()]
+    names = list(dict.fromkeys(name for columns in every for name in columns))
+    compared: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in names}
+    for factor, rows in levels.items():
+        base = next(iter(rows.values()))
+        for level, columns in rows.items():
+            for name in columns:
+                if columns is not base and name in base:
+                    compared[name][factor, level] = gaps(columns[name], base[name])
+    own_noise = {
+        name: seed_noise([x[name].error_SP.mean(axis=1) for x in every if name in x])
+        for name in names
+    }
+    gap_noise = {
+        name: seed_noise([gap_SP.mean(axis=1) for gap_SP in compared[name].values()])
+        for name in names
+    }
+    differences: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for name in names:
+        found = differences[name] = {
+            place: {
+                **interval(gap_SP, levels[place[0]][place[1]][name].talker_P, gap_noise[name]),
+                "seeds": len(gap_SP),
+                "p": _p_value(gap_SP, gap_noise[name]),
+            }
+            for place, gap_SP in compared[name].items()
+        }
+        tested = [row for row in found.values() if row["p"] is not None]
+        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+            row["p_holm"] = p
+    return {
+        factor: [
+            {
+                "level": level,
+                "base": row == 0,
+                "seeds": max(len(x.seeds) for x in columns.values()),
+                "figures": {
+                    name: interval(x.error_SP, x.talker_P, own_noise[name])
+                    for name, x in columns.items()
+                },
+                "differences": {
+                    name: differences[name][factor, level]
+                    for name in columns
+                    if (factor, level) in differences[name]
+                },
+            }
+            for row, (level, columns) in enumerate(rows.items())
+        ]
+        for factor, rows in levels.items()
+    }
+
+
+def _p_value(gap_SP: np.ndarray, noise: SeedNoise) -> float | None:
+    if noise.freedom == 0 or noise.deviation == 0.0:
+        return None
+    t = gap_SP.mean() / (noise.deviation / math.sqrt(len(gap_SP)))
+    return float(2 * scipy.stats.t.sf(abs(t), noise.freedom))
+
+
+def table_text(content: dict[str, list[dict[str, Any]]], columns: list[str]) -> str:
+    """The tables as text: mean (interval), and the difference from the first level with its own.
+
+    A star marks a difference whose interval excludes 0.
+    """
+    lines = []
+    for factor, rows in content.items():
+        lines.append(factor.ljust(44) + "".join(f"{column:>40}" for column in columns))
+        for row in rows:
+            cells = [_cell(row, column) for column in columns]
+            lines.append(f"  {row['level']} ({row['seeds']})".ljust(44) + "".join(cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    own = gap = ""
+    if column in row["figures"]:
+        x = row["figures"][column]
+        own = f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})"
+    if column in row["differences"]:
+        x = row["differences"][column]
+        star = "*" if x["low"] * x["high"] > 0 else " "
+        gap = f"{x['mean']:+.2f} ({x['low']:+.2f} {x['high']:+.2f}){star}"
+    return f"{own:>17}{gap:>23}"
