@@ -1,7 +1,8 @@
 """What a run says of itself, and trained weights that travel with it; no Orbax here.
 
 The card is the file config.json of a run's folder: format, resolved config, commit, packages, the
-normalisation of the features and the table of bands. Packaged weights are a pair of files,
+normalisation of the features and the table of bands. Beside it metrics.jsonl has a line of JSON for
+every step at which something was measured. Packaged weights are a pair of files,
 NAME.npz (arrays named by their slash-joined paths) and NAME.json (the card).
 """
 
@@ -25,6 +26,7 @@ from etils import epath
 
 FORMAT_VERSION = 1
 CARD_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
 MAKE_ROOM = "make room there, or take a folder that can be written"
 # What a run has to say of itself; the rest of the card is filled in here.
 CARD_KEYS = ("config", "normalisation", "band_table")
@@ -40,11 +42,19 @@ class DamagedCard(CheckpointError):
 
 
 class Loaded(NamedTuple):
-    """A trained predictor as data: `params` is a nested dict of numpy arrays."""
+    """A trained predictor as data.
+
+    Attributes:
+      card: its config.json.
+      params: nested dict of numpy arrays.
+      step: of training, that they are of.
+      metrics: the rows of its metrics.jsonl, {"step": .., ..}; packaged weights have none.
+    """
 
     card: dict[str, Any]
     params: dict[str, Any]
     step: int
+    metrics: tuple[dict[str, Any], ...] = ()
 
 
 def write_card(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +132,29 @@ def _parse_card(text: bytes, source: str) -> dict[str, Any]:
     if absent:
         raise DamagedCard(f"{source} lacks {absent}: restore it or train anew")
     return card
+
+
+def read_metrics(path: pathlib.Path | epath.Path) -> tuple[list[dict], int]:
+    """The rows of a metrics.jsonl, and how many of its lines are not what we write.
+
+    A process killed while it writes leaves half a line, a bad disk anything at all.
+    """
+    rows = []
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
+            rows.append(row)
+    return rows, len(lines) - len(rows)
+
+
+def metrics_of(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], ...]:
+    """The rows of a run's metrics.jsonl in order; none where it has no such file."""
+    path = epath.Path(workdir) / METRICS_NAME
+    return tuple(read_metrics(path)[0]) if path.is_file() else ()
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""A run's checkpoints: Orbax underneath, checksums and fallback on top. The only user of Orbax.
+"""A run's checkpoints: Orbax (`eqst.arrays`) underneath, checksums and fallback on top.
 
 A run's folder:
 
     config.json                 the card, see `eqst.card`
+    metrics.jsonl               what was measured on the way, see `eqst.card`
     checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest two)
     checkpoints/best/STEP/      an Orbax checkpoint of {"params": ..} (the best one)
     .../STEP/eqst.json          `eqst.seal`: a checksum for every file and every leaf, and the card
@@ -18,8 +19,7 @@ import contextlib
 import logging
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import IO, Any
 
@@ -27,17 +27,21 @@ import jax
 import numpy as np
 from etils import epath
 
+from eqst import arrays
 from eqst.card import (
+    CARD_NAME,
     MAKE_ROOM,
     CheckpointError,
     DamagedCard,
     Loaded,
     load_weights,
+    metrics_of,
     named_leaves,
     nested,
     save_weights,
     write_card,
 )
+from eqst.config import Config, from_card
 from eqst.lock import LOCK_NAME, hold
 from eqst.mesh import gathered, together
 from eqst.seal import (
@@ -58,9 +62,11 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Loaded",
+    "config_of",
     "export_weights",
     "find_card",
     "load",
+    "load_all",
     "load_weights",
     "read_card",
     "write_card",
@@ -204,14 +210,16 @@ class Checkpoints:
             )
         if newest is None:
             return None
-        targets = {name: _target(name, leaf) for name, leaf in named_leaves(abstract_state).items()}
+        targets = {
+            name: arrays.target(name, leaf) for name, leaf in named_leaves(abstract_state).items()
+        }
         target_tree = jax.tree.unflatten(jax.tree.structure(abstract_state), targets.values())
 
         def read(step: int) -> Any:
             seal = together(lambda: read_seal(self._last / str(step)), Damaged)
-            _check_same_tree(seal["leaves"], targets, self._last / str(step))
+            arrays.check_same_tree(seal["leaves"], targets, self._last / str(step))
             folder = self._last / str(step)
-            tree = together(lambda: _read_tree(folder, target_tree, seal["leaves"]), Damaged)
+            tree = together(lambda: arrays.read_tree(folder, target_tree, seal["leaves"]), Damaged)
             return tree, seal["notes"] if "notes" in seal else {}  # older ones have none
 
         step, (state, self.notes), damaged = _newest_readable(self._last, read)
@@ -234,6 +242,10 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
       which: "best" (by the metric given to `save_best`; where none can be read, the last of a run
         that has trained, said in one line) or "last".
 
+    Returns:
+      its card, parameters (numpy), the step they are of, and the rows of its metrics.jsonl, of
+      the steps after that one too; `config_of` gives its settings.
+
     Raises:
       CheckpointError: the folder is no run, has no such checkpoint, or all of them are damaged.
     """
@@ -248,7 +260,64 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
             raise
         step, params = _load_params(folder / "last")
         _log.warning("%s; taking the last one, of step %d", str(error).partition(": ")[0], step)
-    return Loaded(card, params, step)
+    return Loaded(card, params, step, metrics_of(workdir))
+
+
+def config_of(loaded: Loaded) -> Config:
+    """The settings of what was loaded; what its card lacks, being older, is at its default.
+
+    Raises:
+      ConfigError: a setting that this version does not know, or takes no more.
+    """
+    return from_card(loaded.card["config"])
+
+
+def load_all(folder: str | os.PathLike[str], *, which: str = "best") -> dict[str, Loaded]:
+    """`load` for every run in a folder, such as a sweep's, however deep it lies.
+
+    What is no run, or one that has nothing to load yet, is left out, in one line each.
+
+    Args:
+      folder: holds runs; a run itself is taken too. Links in it are not followed.
+      which: as in `load`.
+
+    Returns:
+      by path from the folder ("db_mel_pm/seed_0"; a run given itself by its own name), sorted.
+
+    Raises:
+      CheckpointError: there is no such folder, or no run in it that can be loaded.
+    """
+    top = _absolute(folder)
+    if not top.is_dir():
+        raise CheckpointError(f"there is no folder {top}: give the folder that holds the runs")
+    found = {}
+    for path in _runs_in(top):
+        name = path.relative_to(top).as_posix() if path != top else top.name
+        try:
+            found[name] = load(path, which=which)
+        except CheckpointError as error:
+            _log.warning("left out %s: %s", name, error)
+    if not found:
+        raise CheckpointError(
+            f"{top} has no run that can be loaded: give the folder that holds the workdirs"
+        )
+    return dict(sorted(found.items()))
+
+
+def _is_run(folder: epath.Path) -> bool:
+    """Whether training has begun there: its card may be lost, and its checkpoints have a copy."""
+    return (folder / CARD_NAME).is_file() or (folder / "checkpoints").is_dir()
+
+
+def _runs_in(folder: epath.Path) -> list[epath.Path]:
+    """The folder where it is a run, or the runs below it; says where there is nothing of either."""
+    if _is_run(folder):
+        return [folder]
+    inside = [x for x in folder.iterdir() if x.is_dir() and not x.name.startswith(".")]
+    below = [x for x in inside if not os.path.islink(x)]
+    if not below:
+        _log.warning("left out %s: it holds no run of EQST", folder)
+    return [run for x in below for run in _runs_in(x)]
 
 
 def _load_params(root: epath.Path) -> tuple[int, Any]:
@@ -267,7 +336,7 @@ def _load_params(root: epath.Path) -> tuple[int, Any]:
             name: np.empty(facts["shape"], np.dtype(facts["dtype"]))
             for name, facts in wanted.items()
         }
-        return _read_tree(root / str(step), nested(targets), wanted, partial=True)
+        return arrays.read_tree(root / str(step), nested(targets), wanted, partial=True)
 
     step, tree, _ = _newest_readable(root, read)
     return step, tree["params"]
@@ -304,8 +373,7 @@ def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
         folder.rmtree()
     _wait_for_all(f"eqst may save {root.name} {step}")
     try:
-        with _quiet_orbax():
-            _orbax().save(folder, tree, checkpointable_name="state")
+        arrays.write_tree(folder, tree)
         if jax.process_index() == 0:
             card = None
             with contextlib.suppress(DamagedCard):  # a lost card is no reason not to save
@@ -317,30 +385,10 @@ def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
         with contextlib.suppress(OSError):
             _prune(root, keep=complete_steps(root))
         raise CheckpointError(
-            f"{folder} cannot be saved ({_reason(error)}): {MAKE_ROOM}; what was saved before is "
-            "whole, and the same command goes on from it"
+            f"{folder} cannot be saved ({arrays.reason(error)}): {MAKE_ROOM}; what was saved "
+            "before is whole, and the same command goes on from it"
         ) from error
     _wait_for_all(f"eqst saved {root.name} {step}")
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, which Orbax wraps in pages."""
-    for cause in (error, error.__cause__):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {str(error)[:120]}"
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keeps tracebacks of Orbax's threads off the screen: what they raise is raised to us too."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
@@ -380,69 +428,8 @@ def _newest_readable(
     )
 
 
-def _read_tree(
-    folder: epath.Path, targets: Any, leaves: Mapping[str, Any], *, partial: bool = False
-) -> Any:
-    """Reads `targets` and verifies `leaves`; `partial`: the saved dict may have other keys."""
-    ocp = _orbax()
-    try:
-        with _quiet_orbax():
-            if partial:
-                saved = ocp.metadata(folder, checkpointable_name="state").metadata
-                targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
-            tree = ocp.load(folder, targets, checkpointable_name="state")
-    except Exception as error:
-        raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
-    found = named_leaves(tree)
-    for name, facts in leaves.items():
-        if leaf_facts(found[name]) != facts:
-            raise Damaged(f"{name} does not match its checksum")
-    return tree
-
-
-def _check_same_tree(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path
-) -> None:
-    """Refuses a state of another shape, which would look like damage further on."""
-
-    def shape_of(name: str) -> str:
-        return f"{saved[name]['dtype']}{saved[name]['shape']}"
-
-    differing = sorted(set(saved) ^ set(wanted)) or [
-        name
-        for name, leaf in wanted.items()
-        if [list(leaf.shape), str(leaf.dtype)] != [saved[name]["shape"], saved[name]["dtype"]]
-    ]
-    if differing:
-        name = differing[0]
-        there = shape_of(name) if name in saved else "absent"
-        here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
-        raise CheckpointError(
-            f"{folder} holds another model: {name} is {there} there and {here} here "
-            f"({len(differing)} such): use the run's own config, or another --workdir"
-        )
-
-
-def _target(name: str, leaf: Any) -> Any:
-    """What Orbax is to make of a leaf: an array with a sharding, or a numpy array."""
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return np.asarray(leaf)
-    if leaf.sharding is None:
-        raise ValueError(f"{name} has no sharding: set ShapeDtypeStruct(.., sharding=)")
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
 def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
-
-
-def _orbax() -> Any:
-    """Orbax's v1 API, under either of its names; its import takes a second, so only on use."""
-    try:
-        from orbax.checkpoint import v1
-    except ImportError:
-        from orbax.checkpoint.experimental import v1
-    return v1

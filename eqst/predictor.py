@@ -297,6 +297,13 @@ def apply(
     return Prediction(unit_KP, logits, a_L, b_L, fed)
 
 
+def settings_of_fed(config: Config, params: Params, fed_L: jax.Array) -> eq.EqParams:
+    """The predictor alone: settings for one vector that it is fed; arguments as in `apply`."""
+    network = nnx.merge(_structure(config), params)
+    unit_KP, _ = _decode(config, network.predictor(fed_L, None))
+    return eq.from_unit(eq.table(config.eq_table), unit_KP)
+
+
 def predict_heard(
     config: Config,
     params: Params,

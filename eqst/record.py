@@ -8,28 +8,9 @@ from collections.abc import Callable
 
 import jax
 
-from eqst.card import MAKE_ROOM
+from eqst.card import MAKE_ROOM, METRICS_NAME, read_metrics
 from eqst.config import ConfigError
 from eqst.files import write_text
-
-METRICS_NAME = "metrics.jsonl"
-
-
-def read_metrics(path: pathlib.Path) -> tuple[list[dict], int]:
-    """The rows of a metrics.jsonl, and how many of its lines are not what we write.
-
-    A process killed while it writes leaves half a line, a bad disk anything at all.
-    """
-    rows = []
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
-            rows.append(row)
-    return rows, len(lines) - len(rows)
 
 
 class Record:

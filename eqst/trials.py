@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from eqst import batches, card, checkpoint, corpus, eq, predictor
-from eqst.config import Config, from_card
+from eqst.config import Config
 from eqst.evidence import Evidence, evidence, stack
 
 
@@ -37,7 +37,7 @@ def from_loaded(loaded: card.Loaded, source: str = "packaged weights") -> Run:
       ConfigError: settings that this version does not know.
       ValueError: the checkpoint is another model's than the settings describe; `source` says which.
     """
-    config = from_card(loaded.card["config"])
+    config = checkpoint.config_of(loaded)
     predictor.check_params(config, loaded.params, source)
     normalisation = predictor.Normalisation(**loaded.params["normalisation"])
     commit = loaded.card["commit"] if "commit" in loaded.card else "unknown"

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from eqst import checkpoint
+from eqst import arrays, checkpoint
 from eqst.checkpoint import CheckpointError, Checkpoints
 from eqst.mesh import Shardings, make_mesh
 from eqst.seal import SEAL_NAME
@@ -410,7 +410,7 @@ def test_all_damaged_never_starts_from_scratch(tmp_path: Path) -> None:
 def test_what_comes_out_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole files, and yet a loader that hands out something else."""
     older, newer = two_checkpoints(tmp_path)
-    orbax = checkpoint._orbax()
+    orbax = arrays.orbax()
     whole_load = orbax.load
 
     def wrong_load(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -546,7 +546,7 @@ def test_load_needs_only_the_folder(tmp_path: Path) -> None:
 
 LOAD_ON_ONE = """
 import sys, jax, numpy as np
-from eqst import checkpoint
+from eqst import arrays, checkpoint
 assert jax.device_count() == 1
 loaded = checkpoint.load(sys.argv[1], which="last")
 print(loaded.step, loaded.params["head"]["kernel"].sum(dtype=np.float64))
@@ -565,6 +565,64 @@ def test_saved_on_four_devices_loads_on_one(tmp_path: Path) -> None:
     assert int(step) == 9
     kernel = np.asarray(state.params["head"]["kernel"])
     assert float(total) == kernel.sum(dtype=np.float64)
+
+
+# Runs for analysis
+
+
+def sweep_run(folder: Path, step: int) -> None:
+    """A run of a sweep: one best checkpoint that holds its step, a card and two rows."""
+    checkpoint.write_card(folder, CARD)
+    with Checkpoints(folder) as run:
+        run.save_best(step, {"w": jnp.full(3, float(step))}, 1.0 / step)
+    rows = [{"step": 1, "loss": 4.0}, {"step": 2, "valid_shape_db": 3.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_is_loaded_with_its_metrics_and_settings(tmp_path: Path) -> None:
+    sweep_run(tmp_path, 5)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\n[1]\n{"step": 3, "loss"')  # a bad disk, and a killed process
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.step == 5
+    assert loaded.metrics == ({"step": 1, "loss": 4.0}, {"step": 2, "valid_shape_db": 3.0})
+    settings = checkpoint.config_of(loaded)
+    assert settings.seed == 3 and settings.model.channels == 20
+    (tmp_path / "metrics.jsonl").unlink()
+    assert checkpoint.load(tmp_path).metrics == ()
+
+
+def test_a_sweep_is_loaded_whole_in_order_and_what_is_no_run_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, name in enumerate(("db/seed_1", "linear/a/b/seed_0", "db/seed_0"), start=1):
+        sweep_run(tmp_path / name, step)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / ".cache" / "x").mkdir(parents=True)
+    checkpoint.write_card(tmp_path / "begun", CARD)
+    checkpoint.write_card(tmp_path / "foreign", CARD)
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    (tmp_path / "plan.json").write_text("[]")
+    (tmp_path / "db" / "again").symlink_to(tmp_path / "db", target_is_directory=True)
+    sweep_run(tmp_path / "db/seed_2", 9)
+    (tmp_path / "db/seed_2/config.json").unlink()  # its checkpoint has a copy
+    with caplog.at_level(logging.WARNING, logger="eqst"):
+        runs = checkpoint.load_all(tmp_path)
+    assert list(runs) == ["db/seed_0", "db/seed_1", "db/seed_2", "linear/a/b/seed_0"]
+    assert [runs[name].step for name in runs] == [3, 1, 9, 2]
+    assert [float(run.params["w"][0]) for run in runs.values()] == [3.0, 1.0, 9.0, 2.0]
+    left_out = [record.getMessage() for record in caplog.records]
+    assert all("\n" not in line for line in left_out)
+    for name in ("begun", "foreign", "pictures"):
+        assert sum(f"left out {name}" in x or f"/{name}: " in x for x in left_out) == 1, left_out
+    assert list(checkpoint.load_all(tmp_path / "db" / "seed_0")) == ["seed_0"]
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        checkpoint.load_all(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="has no run that can be loaded"):
+        checkpoint.load_all(tmp_path)
 
 
 # Packaged weights

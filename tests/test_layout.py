@@ -14,7 +14,8 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "recipes", "files", "command", "mesh", "card", "seal", "lock", "checkpoint"),
+    *("config", "recipes", "files", "command", "mesh", "card", "seal", "lock", "arrays"),
+    "checkpoint",
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
@@ -33,7 +34,8 @@ ORDER = (
     ),
     *("objective", "batches", "record", "train"),
     # what is done with it
-    *("metrics", "comparison", "bayes", "linear", "baselines", "trials", "report", "picture"),
+    *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
+    *("latents", "latentstats", "verdict", "claims", "report", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
 )
 
@@ -43,7 +45,7 @@ OWNERS = {
     "tensorflow_datasets": {"corpus", "data"},
     "array_record": {"corpus", "data"},
     "flax": {"predictor"},
-    "orbax": {"checkpoint"},
+    "orbax": {"arrays"},
     "matplotlib": {"picture", "report"},
     "torch": {"rivals", "contests"},
 }

@@ -1,0 +1,107 @@
+"""A tree of arrays in a folder, by Orbax: written, read, and compared with its checksums.
+
+The only importer of Orbax, whose v1 API still moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from eqst.card import CheckpointError, named_leaves
+from eqst.seal import Damaged, leaf_facts
+
+
+def write_tree(folder: epath.Path, tree: Any) -> None:
+    """Writes a tree of arrays into a folder that does not exist; Orbax's errors pass."""
+    with _quiet_orbax():
+        orbax().save(folder, tree, checkpointable_name="state")
+
+
+def read_tree(
+    folder: epath.Path, targets: Any, leaves: Mapping[str, Any], *, partial: bool = False
+) -> Any:
+    """Reads `targets` and verifies `leaves`; `partial`: the saved dict may have other keys."""
+    ocp = orbax()
+    try:
+        with _quiet_orbax():
+            if partial:
+                saved = ocp.metadata(folder, checkpointable_name="state").metadata
+                targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
+            tree = ocp.load(folder, targets, checkpointable_name="state")
+    except Exception as error:
+        raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
+    found = named_leaves(tree)
+    for name, facts in leaves.items():
+        if leaf_facts(found[name]) != facts:
+            raise Damaged(f"{name} does not match its checksum")
+    return tree
+
+
+def check_same_tree(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path
+) -> None:
+    """Refuses a state of another shape, which would look like damage further on."""
+
+    def shape_of(name: str) -> str:
+        return f"{saved[name]['dtype']}{saved[name]['shape']}"
+
+    differing = sorted(set(saved) ^ set(wanted)) or [
+        name
+        for name, leaf in wanted.items()
+        if [list(leaf.shape), str(leaf.dtype)] != [saved[name]["shape"], saved[name]["dtype"]]
+    ]
+    if differing:
+        name = differing[0]
+        there = shape_of(name) if name in saved else "absent"
+        here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
+        raise CheckpointError(
+            f"{folder} holds another model: {name} is {there} there and {here} here "
+            f"({len(differing)} such): use the run's own config, or another --workdir"
+        )
+
+
+def target(name: str, leaf: Any) -> Any:
+    """What Orbax is to make of a leaf: an array with a sharding, or a numpy array."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return np.asarray(leaf)
+    if leaf.sharding is None:
+        raise ValueError(f"{name} has no sharding: set ShapeDtypeStruct(.., sharding=)")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def reason(error: BaseException) -> str:
+    """What the system said, which Orbax wraps in pages."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {str(error)[:120]}"
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps tracebacks of Orbax's threads off the screen: what they raise is raised to us too."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def orbax() -> Any:
+    """Orbax's v1 API, under either of its names; its import takes a second, so only on use."""
+    try:
+        from orbax.checkpoint import v1
+    except ImportError:
+        from orbax.checkpoint.experimental import v1
+    return v1
