@@ -34,7 +34,7 @@ ORDER = (
     *("objective", "batches", "record", "train"),
     # what is done with it
     *("metrics", "bayes", "linear", "baselines", "trials", "report", "picture"),
-    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
+    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).

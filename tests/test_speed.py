@@ -1,12 +1,12 @@
-"""The benchmark runs, whatever rivals are installed, and says what it measured; times are nobody's
-business here."""
+"""The comparison of speeds runs, whatever rivals are installed, and says what it measured; times
+are nobody's business here."""
 
 import json
 
 import numpy as np
 import pytest
 
-from eqst import benchmark, contests, eq, report, rivals
+from eqst import contests, eq, report, rivals, speed
 from eqst.timing import Size, in_turns, process, target, timings
 
 TINY = Size(rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60)
@@ -47,17 +47,17 @@ def test_a_process_that_fails_is_said():
 
 
 def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
-    benchmark.run(str(tmp_path / "out"), ["responses"], TINY, overwrite=False)
-    content = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    speed.run(str(tmp_path / "out"), ["responses"], TINY, overwrite=False)
+    content = json.loads((tmp_path / "out" / "speed.json").read_text())
     rows = content["sections"]["responses"]["rows"]
     error = {row["what"]: row["worst_error_db"] for row in rows if "worst_error_db" in row}
     assert error["EQST, value"] < 5e-5
     for name in ("complex coefficients (JAX)", "FFT of coefficients (JAX)"):
         assert error[f"{name}, value"] > 10 * error["EQST, value"]  # of two EQs; 1e4 of many
-    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "speed.png").stat().st_size > 5000
     assert "target: scipy, value" in capsys.readouterr().out
     with pytest.raises(ValueError, match="exists already"):
-        benchmark.run(str(tmp_path / "out"), ["responses"], TINY, overwrite=False)
+        speed.run(str(tmp_path / "out"), ["responses"], TINY, overwrite=False)
 
 
 @pytest.mark.long
@@ -65,7 +65,7 @@ def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
 def test_every_section_runs(name, tmp_path):
     found = contests.SECTIONS[name](TINY, lambda _: None)
     report.speed({"sections": {name: found._asdict()}}, tmp_path / "picture.png")
-    assert benchmark.table({name: found}).startswith(f"{name}: ")
+    assert speed.table({name: found}).startswith(f"{name}: ")
     assert found.rows and all(
         np.isfinite(value) and value >= 0
         for row in found.rows

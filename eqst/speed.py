@@ -1,4 +1,4 @@
-"""How fast, beside what others use: `python -m eqst.benchmark --output=DIR [--section=NAME]`.
+"""How fast, beside what others use: `python -m eqst.speed --output=DIR [--section=NAME]`.
 
 Everything is timed in turns in one run, after warm-up; a row is one thing timed, with the median,
 the 10th and 90th percentile, and its ratio to ours (above 1: ours is faster). Rivals that are not
@@ -53,7 +53,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("output", None, "Folder for benchmark.json and .png; it is made.")
+    flags.DEFINE_string("output", None, "Folder for speed.json and .png; it is made.")
     flags.DEFINE_multi_enum("section", None, list(SECTIONS), "Only this one (may be repeated).")
     flags.DEFINE_integer("rounds", FULL.rounds, "Of timing, at least 2.", lower_bound=2)
     flags.DEFINE_bool("overwrite", False, "Replace results that exist.")
@@ -62,13 +62,13 @@ def _define_flags() -> None:
 
 def run(output: str, names: list[str], size: Size, *, overwrite: bool, say: Say = print) -> None:
     """What the command does; results are written after every section."""
-    results = ("benchmark.json", "benchmark.png")
+    results = ("speed.json", "speed.png")
     with files.result_folder(output, *results, overwrite=overwrite) as folder:
         _run_into(folder, names, size, say)
 
 
 def _run_into(folder: pathlib.Path, names: list[str], size: Size, say: Say) -> None:
-    about: dict[str, Any] = {"command": command.line("eqst.benchmark"), "commit": card.commit()}
+    about: dict[str, Any] = {"command": command.line("eqst.speed"), "commit": card.commit()}
     about |= {"size": size._asdict(), "machine": _machine(), "versions": card.versions()}
     done: dict[str, Section] = {}
     for name in names:
@@ -80,9 +80,9 @@ def _run_into(folder: pathlib.Path, names: list[str], size: Size, say: Say) -> N
             **about,
             "sections": {key: x._asdict() for key, x in done.items()},
         }
-        files.write_json(folder / "benchmark.json", content)
-    report.speed(content, folder / "benchmark.png")
-    say(f"{folder / 'benchmark.json'} and benchmark.png")
+        files.write_json(folder / "speed.json", content)
+    report.speed(content, folder / "speed.png")
+    say(f"{folder / 'speed.json'} and speed.png")
 
 
 def main() -> None:
@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.start("eqst.benchmark", _define_flags, main)
+    command.start("eqst.speed", _define_flags, main)
