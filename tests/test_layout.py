@@ -22,6 +22,7 @@ ORDER = (
     # what is learnt from, and what learns
     *(
         "pairs",
+        "float64",
         "features",
         "evidence",
         "pooled",
@@ -35,6 +36,8 @@ ORDER = (
     # what is done with it
     *("metrics", "bayes", "linear", "baselines", "trials", "report", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
+    # the open benchmark
+    *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).
