@@ -1,4 +1,4 @@
-"""What is compared with what, for `eqst.benchmark`: ours first, then what others use.
+"""What is compared with what, for `eqst.speed`: ours first, then what others use.
 
 A section is a function of a `Size` that returns `Section`; `SECTIONS` lists them. Rivals that are
 not installed are left out and named.

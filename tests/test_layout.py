@@ -23,6 +23,7 @@ ORDER = (
     # what is learnt from, and what learns
     *(
         "pairs",
+        "float64",
         "features",
         "evidence",
         "pooled",
@@ -36,7 +37,9 @@ ORDER = (
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "report", "picture"),
-    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
+    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
+    # the open benchmark
+    *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).
