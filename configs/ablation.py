@@ -9,7 +9,7 @@ the levels that need recordings are left out. Seed s holds out fold s of five of
 so that the validation errors of the five seeds are one cross-validation.
 """
 
-from eqst import config
+from eqst import recipes
 
 SEEDS = 5
 
@@ -89,6 +89,21 @@ FACTORS = {
         },
         "db_mel_bl, 1024 hidden": {"model.comparison": "subtract", "model.hidden": 1024},
     },
+    "comparison, learning rate x 1/3": {
+        "subtraction": {"model.comparison": "subtract", "train.learning_rate": 3e-4},
+        "learned": {"train.learning_rate": 3e-4},
+    },
+    "comparison, learning rate x 3": {
+        "subtraction": {"model.comparison": "subtract", "train.learning_rate": 3e-3},
+        "learned": {"train.learning_rate": 3e-3},
+    },
+    "comparison, mixed lengths": {
+        "subtraction": {
+            "model.comparison": "subtract",
+            "data.segment_seconds": (3.0, 10.0, 1.5, 6.0),
+        },
+        "learned": {"data.segment_seconds": (3.0, 10.0, 1.5, 6.0)},
+    },
     "linear features": {
         "linear_mel_bl": {"model.comparison": "subtract", "features.scale": "linear"},
         "learning rate x 1/3": {
@@ -138,13 +153,18 @@ TIMES = ("train.steps", "train.batch_size")
 
 def get_config(folder=""):
     """`db_mel_pm` on the standard data."""
-    settings = config.paper()
+    settings = recipes.paper()
     if folder:
         settings.data.sources = (f"folder:{folder}", "synthetic")
         settings.data.source_weights = (0.5, 0.5)
         settings.data.manifest = f"{folder}/../manifest.csv"
         settings.data.permissive_only = True
     settings.data.folds = SEEDS
+    # One budget for all, 128,000 pairs, and the learning rate that was the variants' before it.
+    settings.train.batch_size, settings.train.steps = 64, 2000
+    settings.train.learning_rate = 1e-3
+    settings.train.eval_every = 1000
+    settings.train.checkpoint_every = 500
     settings.evaluation.seconds = (3.0, 10.0)
     settings.evaluation.pairs = 400
     return settings

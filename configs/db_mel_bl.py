@@ -3,11 +3,11 @@
 python -m eqst.train --config=configs/db_mel_bl.py --workdir=runs/db_mel_bl
 """
 
-from eqst import config
+from eqst import recipes
 
 
 def get_config():
     """`db_mel_pm` but for the comparison."""
-    settings = config.paper()
+    settings = recipes.paper()
     settings.model.comparison = "subtract"
     return settings

@@ -3,9 +3,9 @@
 python -m eqst.train --config=configs/db_mel_pm.py --workdir=runs/db_mel_pm
 """
 
-from eqst import config
+from eqst import recipes
 
 
 def get_config():
-    """`config.paper` is this variant."""
-    return config.paper()
+    """`recipes.paper` is this variant."""
+    return recipes.paper()

@@ -3,12 +3,12 @@
 python -m eqst.train --config=configs/linear_mel_bl.py --workdir=runs/linear_mel_bl
 """
 
-from eqst import config
+from eqst import recipes
 
 
 def get_config():
     """`db_mel_pm` but for the features' scale and the comparison."""
-    settings = config.paper()
+    settings = recipes.paper()
     settings.features.scale = "linear"
     settings.model.comparison = "subtract"
     return settings

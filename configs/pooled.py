@@ -3,11 +3,11 @@
 python -m eqst.train --config=configs/pooled.py --workdir=runs/pooled
 """
 
-from eqst import config
+from eqst import recipes
 
 
 def get_config():
-    """`config.pooled`, trained for longer."""
-    settings = config.pooled()
+    """`recipes.pooled`, trained for longer."""
+    settings = recipes.pooled()
     settings.train.steps = 16000
     return settings

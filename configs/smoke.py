@@ -3,12 +3,12 @@
 python -m eqst.train --config=configs/smoke.py --workdir=runs/smoke
 """
 
-from eqst import config
+from eqst import recipes
 
 
 def get_config():
-    """`config.pooled`, short, with a small evaluation."""
-    settings = config.pooled()
+    """`recipes.pooled`, short, with a small evaluation."""
+    settings = recipes.pooled()
     settings.train.steps = 6000
     settings.evaluation.seconds = (3.0, 10.0)
     settings.evaluation.pairs = 128

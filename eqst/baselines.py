@@ -14,6 +14,7 @@ protocol by cross-validation over training talkers; `predict` answers for a batc
     bayes_blind   the same without listening to the input: the average talker instead
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,10 @@ from eqst.linear import (
     tune_ridge,
 )
 
+METHODS = (
+    *("do_nothing", "mean_setting", "ltas", "ltas_shrunk"),
+    *("ridge", "wiener", "bayes", "bayes_blind"),
+)
 FITTED_PAIRS = 128  # pairs used where a choice needs a least-squares fit of each
 SMOOTHINGS_OCTAVES = (0.0, 0.5, 1.0)
 SCALES = (0.7, 0.5, 0.35, 0.25)
@@ -194,8 +199,9 @@ def predict(
     sample_rate: float,
     seed: int,
     plan: bayes.Plan = bayes.PLAN,
+    names: Collection[str] = METHODS,
 ) -> dict[str, Prediction]:
-    """Every method's answer to n pairs, by name; see the module's list.
+    """The methods' answers to n pairs, by name; see the module's list.
 
     Curves are what is scored. Where a method gives a free curve, its `params` are the settings
     fitted to that curve, for the errors of settings. `bayes` and `bayes_blind` carry `ess` (the
@@ -206,13 +212,13 @@ def predict(
       evidence_input, evidence_reference: [n, M] each, of the length and rate `fitted` is for.
       seed: of the sampler.
       plan: how long the sampler runs.
+      names: which methods to ask.
     """
     freq_hz_M, grid_hz_F = band_hz(sample_rate), eq.curve_grid_hz(sample_rate)
     _check_bands(evidence_input, freq_hz_M, sample_rate)
     options: dict[str, Any] = {"table": table, "sample_rate": sample_rate}
     seen_nD = difference(evidence_reference, evidence_input)
     pairs, bands = len(seen_nD), len(freq_hz_M)
-    answers = {}
 
     def constant(unit_KP):
         params = eq.from_unit(table, np.broadcast_to(unit_KP, (pairs, *unit_KP.shape)))
@@ -234,22 +240,33 @@ def predict(
         extra = result._asdict()
         return free(extra.pop("curve_db_nF"), False, **extra)
 
-    answers["do_nothing"] = constant(np.full_like(fitted.mean_unit_KP, 0.5))
-    answers["mean_setting"] = constant(fitted.mean_unit_KP)
+    def blind() -> Prediction:
+        nothing = Evidence(*(np.zeros_like(field) for field in evidence_reference))
+        # the blind posterior is wide and easily sampled: half the runs are plenty
+        return posterior(
+            fitted.blind, difference(evidence_reference, nothing), (plan.runs + 1) // 2
+        )
+
     ltas_nM = eq.remove_level(seen_nD[:, :bands])
-    answers["ltas"] = Prediction(*project(ltas_nM, freq_hz_M, **options), {})
-    shrunk_nM = fitted.scale * smooth(ltas_nM, freq_hz_M, fitted.smoothing_octaves)
-    answers["ltas_shrunk"] = Prediction(*project(shrunk_nM, freq_hz_M, **options), {})
     geometric_nM = eq.remove_level(seen_nD[:, bands:])
-    answers["ridge"] = free(geometric_nM @ fitted.ridge_FM.T, fitted.ridge_projected)
-    answers["wiener"] = free(seen_nD @ fitted.pair.curve_FD.T, fitted.pair_projected)
-    answers["bayes"] = posterior(fitted.pair, seen_nD, plan.runs)
-    nothing = Evidence(*(np.zeros_like(field) for field in evidence_reference))
-    # the blind posterior is wide and easily sampled: half the runs are plenty
-    answers["bayes_blind"] = posterior(
-        fitted.blind, difference(evidence_reference, nothing), (plan.runs + 1) // 2
-    )
-    return answers
+    methods = {
+        "do_nothing": lambda: constant(np.full_like(fitted.mean_unit_KP, 0.5)),
+        "mean_setting": lambda: constant(fitted.mean_unit_KP),
+        "ltas": lambda: Prediction(*project(ltas_nM, freq_hz_M, **options), {}),
+        "ltas_shrunk": lambda: Prediction(
+            *project(
+                fitted.scale * smooth(ltas_nM, freq_hz_M, fitted.smoothing_octaves),
+                freq_hz_M,
+                **options,
+            ),
+            {},
+        ),
+        "ridge": lambda: free(geometric_nM @ fitted.ridge_FM.T, fitted.ridge_projected),
+        "wiener": lambda: free(seen_nD @ fitted.pair.curve_FD.T, fitted.pair_projected),
+        "bayes": lambda: posterior(fitted.pair, seen_nD, plan.runs),
+        "bayes_blind": blind,
+    }
+    return {name: methods[name]() for name in METHODS if name in names}
 
 
 def oracle(

@@ -129,6 +129,7 @@ def rendered_chunks(
     count: int,
     seed: int,
     without_label: bool = False,
+    different_recordings: bool = False,
     first: int = 0,
 ) -> Iterator[tuple[pairs.Plan, tuple[np.ndarray, ...]]]:
     """Pairs `first` .. `first + count - 1` of this seed, recordings in turn, `CHUNK` at a time.
@@ -141,7 +142,14 @@ def rendered_chunks(
     """
     data, rate = config.data, recordings.sample_rate
     index, _ = pairs.build_index(recordings, seconds, data.min_loudness_lufs)
-    draw = jax.jit(jax.vmap(lambda k: pairs.draw(seed, k, index, protocol=protocol, turn=True)))
+    draw_one = functools.partial(
+        pairs.draw,
+        index=index,
+        protocol=protocol,
+        different_recordings=different_recordings,
+        turn=True,
+    )
+    draw = jax.jit(jax.vmap(lambda k: draw_one(seed, k)))
     render_one = functools.partial(
         pairs.render,
         table=eq.table(config.eq_table),

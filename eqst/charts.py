@@ -95,7 +95,7 @@ def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draws every ratio of a benchmark to ours on a logarithmic axis, one panel per section.
 
     Args:
-      content: of benchmark.json.
+      content: of speed.json.
       path: PNG to write.
 
     Raises:

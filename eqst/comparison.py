@@ -2,6 +2,11 @@
 
 A member is one training run, a level some members that differ by their seed alone. All members are
 judged on the same pairs, so that two levels are compared pair by pair and seed by seed.
+
+Two things are left to chance, and both are in every interval. Which talkers and pairs were drawn:
+bootstrap, talkers first, then the pairs of each. Which seed (and fold of the train talkers) a run
+had: a deviation whose variance is pooled over all levels of a sweep that have two seeds or more, as
+in an analysis of variance. So a level with one seed has an honest, wide interval too.
 """
 
 from __future__ import annotations
@@ -29,45 +34,58 @@ class Level(NamedTuple):
     talker_P: np.ndarray
 
 
-def bootstrap_means(
-    error_SP: np.ndarray, talker_P: np.ndarray, seed: int, *, resamples: int = RESAMPLES
-) -> np.ndarray:
-    """[resamples] means over seeds, then talkers, then pairs of each, all drawn with replacement.
+class SeedNoise(NamedTuple):
+    """How far one run's mean lies from its level's: standard deviation in dB, and its degrees of
+    freedom (0: nothing is known of it, and intervals leave it out)."""
 
-    A few seeds drawn with replacement vary less than fresh ones would, by (S - 1) / S; the seeds'
-    deviations from their mean are made larger by the root of its inverse to make up for it.
-    """
+    deviation: float
+    freedom: int
+
+
+def seed_noise(means: list[np.ndarray]) -> SeedNoise:
+    """Pooled over levels: `means` has one array [S] of seeds' means for each; single ones say
+    nothing."""
+    repeated = [mean_S for mean_S in means if len(mean_S) > 1]
+    freedom = sum(len(mean_S) - 1 for mean_S in repeated)
+    if freedom == 0:
+        return SeedNoise(0.0, 0)
+    squares = sum(float(np.sum((mean_S - mean_S.mean()) ** 2)) for mean_S in repeated)
+    return SeedNoise(math.sqrt(squares / freedom), freedom)
+
+
+def bootstrap_means(
+    value_P: np.ndarray, talker_P: np.ndarray, seed: int, *, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """[resamples] means of a value per pair: talkers drawn with replacement, then pairs of each."""
     rng = np.random.default_rng(seed)
-    count = len(error_SP)
-    mean_P = error_SP.mean(axis=0)
-    if count > 1:
-        error_SP = mean_P + (error_SP - mean_P) * math.sqrt(count / (count - 1))
-    error_RP = error_SP[rng.integers(count, size=(resamples, count))].mean(axis=1)
     talkers, which_P = np.unique(talker_P, return_inverse=True)
     drawn_RG = rng.integers(len(talkers), size=(resamples, len(talkers)))
     sums_R, counts_R = np.zeros(resamples), np.zeros(resamples)
     for index in range(len(talkers)):
-        own = np.flatnonzero(which_P == index)
+        value_p = value_P[which_P == index]
         times_R = (drawn_RG == index).sum(axis=1)
         # As many of a talker's pairs as it has, for each time the talker was drawn.
-        weight_RP = rng.multinomial(times_R * len(own), np.full(len(own), 1 / len(own)))
-        sums_R += np.sum(weight_RP * error_RP[:, own], axis=1)
-        counts_R += times_R * len(own)
+        times_Rp = rng.multinomial(times_R * len(value_p), np.full(len(value_p), 1 / len(value_p)))
+        sums_R += times_Rp @ value_p
+        counts_R += times_R * len(value_p)
     return sums_R / counts_R
 
 
-def summary(level: Level, seed: int = 0) -> dict[str, float]:
-    """Mean error of a level and its 95 % interval over seeds, talkers and pairs."""
-    low, high = np.percentile(bootstrap_means(level.error_SP, level.talker_P, seed), [2.5, 97.5])
-    return {"mean": float(level.error_SP.mean()), "low": float(low), "high": float(high)}
+def interval(
+    error_SP: np.ndarray, talker_P: np.ndarray, noise: SeedNoise, seed: int = 0
+) -> dict[str, float]:
+    """Mean over seeds and pairs, and its 95 % interval."""
+    means_R = bootstrap_means(error_SP.mean(axis=0), talker_P, seed)
+    if noise.freedom:
+        rng = np.random.default_rng(seed + 1)
+        scale = noise.deviation / math.sqrt(len(error_SP))
+        means_R = means_R + scale * rng.standard_t(noise.freedom, len(means_R))
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return {"mean": float(error_SP.mean()), "low": float(low), "high": float(high)}
 
 
-def difference(level: Level, base: Level, seed: int = 0) -> dict[str, float | None]:
-    """Level minus base on the seeds and pairs that both have.
-
-    Returns:
-      mean, low, high (95 % over seeds, talkers and pairs), seeds, and p: two-sided, of a paired
-      t-test over the seeds' means (None with fewer than two seeds).
+def gaps(level: Level, base: Level) -> np.ndarray:
+    """[S, P] level minus base on the seeds that both have.
 
     Raises:
       ValueError: no seed in common, or other pairs.
@@ -75,22 +93,9 @@ def difference(level: Level, base: Level, seed: int = 0) -> dict[str, float | No
     common = [s for s in level.seeds if s in base.seeds]
     if not common or not np.array_equal(level.talker_P, base.talker_P):
         raise ValueError("levels are compared on seeds and pairs that both have: there are none")
-    rows = [
-        level.error_SP[level.seeds.index(s)] - base.error_SP[base.seeds.index(s)] for s in common
-    ]
-    gap_SP = np.stack(rows)
-    low, high = np.percentile(bootstrap_means(gap_SP, level.talker_P, seed), [2.5, 97.5])
-    gap_S = gap_SP.mean(axis=1)
-    p = None
-    if len(gap_S) > 1 and np.ptp(gap_S) > 0:
-        p = float(scipy.stats.ttest_1samp(gap_S, 0.0).pvalue)
-    return {
-        "mean": float(gap_S.mean()),
-        "low": float(low),
-        "high": float(high),
-        "seeds": len(common),
-        "p": p,
-    }
+    return np.stack(
+        [level.error_SP[level.seeds.index(s)] - base.error_SP[base.seeds.index(s)] for s in common]
+    )
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -109,59 +114,96 @@ def tables(
     """One table for each factor: a row for each level, compared with the factor's first.
 
     Args:
-      levels: {factor: {level: {column: Level}}}; a column the base lacks is left out.
+      levels: {factor: {level: {column: Level}}}; a column that the factor's first lacks is not
+        compared.
 
     Returns:
       {factor: [{level, base, seeds, figures: {column: mean, low, high}, differences: {column:
-      mean, low, high, seeds, p, p_holm}}]}; `p_holm` counts all comparisons of a column.
+      mean, low, high, seeds, p, p_holm}}]}. `p` is of a two-sided t-test of the seeds' mean
+      difference against the pooled seed noise (None where no level has two seeds): whether another
+      seed could have done it, on these talkers; `p_holm` counts all comparisons of a column.
     """
-    out: dict[str, list[dict[str, Any]]] = {}
-    by_column: dict[str, list[dict[str, Any]]] = {}
+    every = [columns for rows in levels.values() for columns in rows.values()]
+    names = list(dict.fromkeys(name for columns in every for name in columns))
+    compared: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in names}
     for factor, rows in levels.items():
-        out[factor] = []
-        first = next(iter(rows))
-        for name, columns in rows.items():
-            row: dict[str, Any] = {
-                "level": name,
-                "base": name == first,
-                "seeds": max(len(level.seeds) for level in columns.values()),
-                "figures": {column: summary(level) for column, level in columns.items()},
+        base = next(iter(rows.values()))
+        for level, columns in rows.items():
+            for name in columns:
+                if columns is not base and name in base:
+                    compared[name][factor, level] = gaps(columns[name], base[name])
+    own_noise = {
+        name: seed_noise([x[name].error_SP.mean(axis=1) for x in every if name in x])
+        for name in names
+    }
+    gap_noise = {
+        name: seed_noise([gap_SP.mean(axis=1) for gap_SP in compared[name].values()])
+        for name in names
+    }
+    differences: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for name in names:
+        found = differences[name] = {
+            place: {
+                **interval(gap_SP, levels[place[0]][place[1]][name].talker_P, gap_noise[name]),
+                "seeds": len(gap_SP),
+                "p": _p_value(gap_SP, gap_noise[name]),
             }
-            if name != first:
-                row["differences"] = {
-                    column: difference(level, rows[first][column])
-                    for column, level in columns.items()
-                    if column in rows[first]
-                }
-                for column, found in row["differences"].items():
-                    if found["p"] is not None:
-                        by_column.setdefault(column, []).append(found)
-            out[factor].append(row)
-    for found in by_column.values():
-        for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+            for place, gap_SP in compared[name].items()
+        }
+        tested = [row for row in found.values() if row["p"] is not None]
+        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row["p_holm"] = p
-    return out
+    return {
+        factor: [
+            {
+                "level": level,
+                "base": row == 0,
+                "seeds": max(len(x.seeds) for x in columns.values()),
+                "figures": {
+                    name: interval(x.error_SP, x.talker_P, own_noise[name])
+                    for name, x in columns.items()
+                },
+                "differences": {
+                    name: differences[name][factor, level]
+                    for name in columns
+                    if (factor, level) in differences[name]
+                },
+            }
+            for row, (level, columns) in enumerate(rows.items())
+        ]
+        for factor, rows in levels.items()
+    }
+
+
+def _p_value(gap_SP: np.ndarray, noise: SeedNoise) -> float | None:
+    if noise.freedom == 0 or noise.deviation == 0.0:
+        return None
+    t = gap_SP.mean() / (noise.deviation / math.sqrt(len(gap_SP)))
+    return float(2 * scipy.stats.t.sf(abs(t), noise.freedom))
 
 
 def table_text(content: dict[str, list[dict[str, Any]]], columns: list[str]) -> str:
-    """The tables as text: mean (interval), and the difference from the first level with its own."""
+    """The tables as text: mean (interval), and the difference from the first level with its own.
+
+    A star marks a difference whose interval excludes 0.
+    """
     lines = []
     for factor, rows in content.items():
-        lines.append(f"{factor}".ljust(44) + "".join(f"{column:>40}" for column in columns))
+        lines.append(factor.ljust(44) + "".join(f"{column:>40}" for column in columns))
         for row in rows:
-            cells = []
-            for column in columns:
-                cell = ""
-                if column in row["figures"]:
-                    x = row["figures"][column]
-                    cell = f"{x['mean']:.3f} ({x['low']:.2f}-{x['high']:.2f})"
-                if not row["base"] and column in row["differences"]:
-                    x = row["differences"][column]
-                    star = "*" if x["low"] * x["high"] > 0 else " "
-                    cell += f" {x['mean']:+.3f} ({x['low']:+.2f} {x['high']:+.2f}){star}"
-                else:
-                    cell += " " * 22
-                cells.append(f"{cell:>40}")
+            cells = [_cell(row, column) for column in columns]
             lines.append(f"  {row['level']} ({row['seeds']})".ljust(44) + "".join(cells))
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    own = gap = ""
+    if column in row["figures"]:
+        x = row["figures"][column]
+        own = f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})"
+    if column in row["differences"]:
+        x = row["differences"][column]
+        star = "*" if x["low"] * x["high"] > 0 else " "
+        gap = f"{x['mean']:+.2f} ({x['low']:+.2f} {x['high']:+.2f}){star}"
+    return f"{own:>17}{gap:>23}"

@@ -246,44 +246,6 @@ def default() -> config_dict.ConfigDict:
     return _to_config_dict(Config())
 
 
-def _augmented() -> config_dict.ConfigDict:
-    """The defaults with the augmentation that all models share: data is the limit (section 5)."""
-    settings = default()
-    settings.data.warp = 1.2
-    settings.data.curve_share = 0.5
-    settings.data.noise_share = 0.5
-    return settings
-
-
-def paper() -> config_dict.ConfigDict:
-    """What the paper's variants share: augmentation and one budget; their files start here."""
-    settings = _augmented()
-    settings.train.batch_size = 32
-    settings.train.steps = 4000
-    settings.train.ema_decay = 0.995
-    return settings
-
-
-def pooled() -> config_dict.ConfigDict:
-    """The settings of our own model; its config files start from these."""
-    settings = _augmented()
-    settings.features.kind = "pooled"
-    settings.model.comparison = "direct"
-    settings.model.head = "continuous"
-    settings.data.rendering = "pooled"
-    # The first is what the evaluation during training uses.
-    settings.data.segment_seconds = (3.0, 10.0, 1.5, 6.0)
-    settings.data.one_sided_noise_share = 0.35
-    settings.data.gate_share = 0.25
-    settings.loss.parameters = 0.24
-    settings.loss.gain = 0.005
-    settings.train.batch_size = 256
-    settings.train.log_every = 200
-    settings.train.eval_every = 1000
-    settings.train.checkpoint_every = 1000
-    return settings
-
-
 def _to_config_dict(config: Config) -> config_dict.ConfigDict:
     return config_dict.ConfigDict(dataclasses.asdict(config), type_safe=True).lock()
 

@@ -1,4 +1,4 @@
-"""What is compared with what, for `eqst.benchmark`: ours first, then what others use.
+"""What is compared with what, for `eqst.speed`: ours first, then what others use.
 
 A section is a function of a `Size` that returns `Section`; `SECTIONS` lists them. Rivals that are
 not installed are left out and named.
@@ -33,6 +33,7 @@ from eqst import (
     mesh,
     pairs,
     predictor,
+    recipes,
     render,
     rivals,
     settings,
@@ -113,7 +114,7 @@ def _cores() -> int:
 
 def _synthetic(size: Size, **changes: Any) -> config.Config:
     """The paper's proposal on a few synthetic talkers, with these dotted settings."""
-    raw = config.paper()
+    raw = recipes.paper()
     raw.data.synthetic_talkers, raw.data.valid_share = size.talkers, 0.0
     raw.train.batch_size, raw.train.warmup_steps = size.batch, 1
     for key, value in changes.items():

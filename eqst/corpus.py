@@ -123,11 +123,15 @@ def _join(parts: list[tuple[Corpus, float]]) -> Corpus:
     )
 
 
-def _parallel(function: Callable, tasks: list, name: str, progress: Callable) -> Iterator:
-    """Results in order from one process per core, with a line every tenth of the way."""
+def parallel(
+    function: Callable, tasks: list, name: str, progress: Callable, workers: int = 0
+) -> Iterator:
+    """Results in order from `workers` processes (0: one per core), with a line every tenth."""
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
 
-    jobs = joblib.Parallel(n_jobs=min(os.cpu_count() or 1, len(tasks)), return_as="generator")
+    jobs = joblib.Parallel(
+        n_jobs=min(workers or os.cpu_count() or 1, len(tasks)), return_as="generator"
+    )
     results = jobs(joblib.delayed(function)(task) for task in tasks)
     for done, result in enumerate(results, start=1):
         if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
@@ -146,7 +150,7 @@ def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
     seed, seconds = data.synthetic_seed, data.synthetic_seconds
     facts = [hashlib.sha256(code.encode()).hexdigest(), seed, data.synthetic_talkers, seconds]
     tasks = [(seed, talker, seconds, data.sample_rate) for talker in range(data.synthetic_talkers)]
-    make = lambda: _parallel(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
+    make = lambda: parallel(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
     return make_store(data, "synthetic", facts, make)
 
 
@@ -214,7 +218,7 @@ def _folder_files(
     return talkers, official if data.manifest else None
 
 
-def _folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
+def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
     """All files of one talker, mono, at the store's rate, joined; or why it is left out."""
     talker, paths, sample_rate = task
     pieces, reasons = [], []
@@ -244,7 +248,7 @@ def _folder_store(
         (talker, [str(path) for path in paths], data.sample_rate)
         for talker, paths in talkers.items()
     ]
-    make = lambda: _parallel(_folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
+    make = lambda: parallel(folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
     store = make_store(data, "folder", facts, make)
     if official is not None:
         official = {f"folder/{talker}": split for talker, split in official.items()}

@@ -33,7 +33,7 @@ from eqst import (
     pairs,
     predictor,
 )
-from eqst.config import Data, as_dict, from_dict
+from eqst.config import Config, Data, as_dict, from_dict
 from eqst.files import result_folder, write_json, write_text
 from eqst.trials import Run, Trial, open_run, run_trial
 
@@ -263,13 +263,13 @@ def evaluate(
     return out, errors
 
 
-def select(run: Run, folder: str, manifest: str, split: str) -> tuple[Data, str]:
+def select(config: Config, folder: str, manifest: str, split: str) -> tuple[Data, str]:
     """Where held-out recordings come from: the run's own sources, or a folder of someone's.
 
     A folder the run was trained on is used by its split; of another folder without a manifest
     every talker is held out.
     """
-    data = run.config.data
+    data = config.data
     if not folder:
         return data, split
     source = f"folder:{folder}"
@@ -332,7 +332,7 @@ def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None
         spec = dataclasses.replace(spec, seconds=_seconds(options.seconds))
     changed = dataclasses.replace(run.config, evaluation=spec)
     run = run._replace(config=from_dict(as_dict(changed)))
-    data, split = select(run, options.data, options.manifest, options.split)
+    data, split = select(run.config, options.data, options.manifest, options.split)
     held_out = corpus.open_corpus(data, split, say)
     # Of a folder without a manifest every talker is held out: then tune on the run's own.
     tuned_on = data if (data.manifest or not options.data) else run.config.data

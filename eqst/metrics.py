@@ -282,6 +282,68 @@ def summarise(
     values_n, talker_n = values_n[kept_n], talker_n[kept_n]
     if values_n.size == 0:
         return Interval(*(float("nan"),) * 5, pairs=0)
+    means_R = _resampled_means(values_n, talker_n, seed, resamples)
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return Interval(
+        mean=float(values_n.mean()),
+        median=float(np.median(values_n)),
+        p90=float(np.percentile(values_n, 90)),
+        low=float(low),
+        high=float(high),
+        pairs=int(values_n.size),
+    )
+
+
+class Difference(NamedTuple):
+    """How two methods differ on the same pairs: mean of a - b, 95 % interval, and p."""
+
+    mean: float
+    low: float
+    high: float
+    p: float  # two-sided: twice the smaller share of resamples on one side of 0, at most 1
+    pairs: int
+
+
+def paired_difference(
+    a_n: np.ndarray, b_n: np.ndarray, talker_n: np.ndarray, seed: int, *, resamples: int = 2000
+) -> Difference:
+    """The mean difference of two methods' figures, pair by pair.
+
+    Resampled as in `summarise`, talkers and then pairs, both methods on the same ones. Pairs where
+    either figure is NaN are dropped; with nothing left all figures are NaN.
+
+    Args:
+      a_n, b_n: [n] one figure per pair of each method, the same pairs in the same order.
+      talker_n: [n] talker identity of each pair.
+      seed: of the resampling.
+      resamples: number of bootstrap draws; p is no smaller than 2 / resamples.
+
+    Raises:
+      ValueError: if the arrays do not have the same length.
+    """
+    a_n, b_n, talker_n = np.asarray(a_n, float), np.asarray(b_n, float), np.asarray(talker_n)
+    if not (a_n.ndim == 1 and a_n.shape == b_n.shape == talker_n.shape):
+        raise ValueError(f"figures {a_n.shape}, {b_n.shape}, talkers {talker_n.shape}: want [n]")
+    kept_n = ~(np.isnan(a_n) | np.isnan(b_n))
+    if not kept_n.any():
+        return Difference(*(float("nan"),) * 4, pairs=0)
+    difference_n = (a_n - b_n)[kept_n]
+    means_R = _resampled_means(difference_n, talker_n[kept_n], seed, resamples)
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    beyond = min(np.mean(means_R <= 0), np.mean(means_R >= 0))
+    return Difference(
+        mean=float(difference_n.mean()),
+        low=float(low),
+        high=float(high),
+        p=float(min(1.0, 2.0 * max(beyond, 1.0 / resamples))),
+        pairs=int(kept_n.sum()),
+    )
+
+
+def _resampled_means(
+    values_n: np.ndarray, talker_n: np.ndarray, seed: int, resamples: int
+) -> np.ndarray:
+    """[R] means over resampled talkers and then pairs of each."""
     groups = [values_n[talker_n == talker] for talker in np.unique(talker_n)]
     rng = np.random.default_rng(seed)
     # A drawn talker enters the mean by the sum of its resampled pairs: those sums are made talker
@@ -294,12 +356,4 @@ def summarise(
         picks = rng.integers(group.size, size=(owner.size, group.size))
         np.add.at(sums_R, owner, group[picks].sum(axis=1))
         counts_R += times_R * group.size
-    low, high = np.percentile(sums_R / counts_R, [2.5, 97.5])
-    return Interval(
-        mean=float(values_n.mean()),
-        median=float(np.median(values_n)),
-        p90=float(np.percentile(values_n, 90)),
-        low=float(low),
-        high=float(high),
-        pairs=int(values_n.size),
-    )
+    return sums_R / counts_R

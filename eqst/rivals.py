@@ -1,4 +1,4 @@
-"""What others would use for the same work, as their users call it; for `eqst.benchmark` alone.
+"""What others would use for the same work, as their users call it; for `eqst.speed` alone.
 
 Responses from filter coefficients (in JAX, dasp-pytorch, scipy), the encoder and predictor in
 PyTorch, and matchering as a process of its own. None of it is a dependency: what is not installed

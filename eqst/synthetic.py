@@ -36,7 +36,9 @@ DB_TO_NEPER = np.float32(np.log(10.0) / 20.0)
 Rng = np.random.Generator
 
 
-def synthesise(seed: int, talker: int, seconds: float, sample_rate: int = 44100) -> np.ndarray:
+def synthesise(
+    seed: int, talker: int, seconds: float, sample_rate: int = 44100, *, exact: bool = False
+) -> np.ndarray:
     """Lets one synthetic talker speak.
 
     Args:
@@ -44,6 +46,9 @@ def synthesise(seed: int, talker: int, seconds: float, sample_rate: int = 44100)
       talker: the talker's number in the corpus, >= 0; any number, there is no last one.
       seconds: duration, > 0. Another duration is another performance of the same talker.
       sample_rate: samples per second, 16000 .. 48000.
+      exact: float64 throughout, in twice the time: rounded to 16 bits the audio is then the same
+        on other processors. In float32 a few samples in 10,000 differ by one, as numpy and BLAS
+        choose their kernels by processor.
 
     Returns:
       [T] float32 mono in (-1, 1), T = round(seconds * sample_rate); equal arguments, equal audio.
@@ -60,8 +65,8 @@ def synthesise(seed: int, talker: int, seconds: float, sample_rate: int = 44100)
         raise ValueError(f"seconds must be > 0, got {seconds}")
     who = random_talker(seed, talker)
     rng = np.random.default_rng([seed, talker, 1])
-    dry_T = _speak(who, rng, samples, sample_rate)
-    return _record(who.recording, rng, dry_T, sample_rate)
+    dry_T = _speak(who, rng, samples, sample_rate, np.float64 if exact else np.float32)
+    return _record(who.recording, rng, dry_T, sample_rate).astype(np.float32)
 
 
 class Piece(NamedTuple):
@@ -199,7 +204,7 @@ def _drift(rng: Rng, count: int, frames: int) -> np.ndarray:
 
 
 @cache
-def _to_bins(sample_rate: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _to_bins(sample_rate: int, size: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Matrices [G, F] from dB on the grid to dB on FFT bins, and to minimum phase in radians.
 
     Minimum phase is linear in the level (Hilbert transform, here by the folded real cepstrum).
@@ -210,7 +215,7 @@ def _to_bins(sample_rate: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     cepstrum[:, 1 : size // 2] *= 2.0
     cepstrum[:, size // 2 + 1 :] = 0.0
     to_phase_GF = np.fft.rfft(cepstrum, size).imag
-    return to_level_GF.astype(np.float32), to_phase_GF.astype(np.float32)
+    return to_level_GF.astype(dtype), to_phase_GF.astype(dtype)
 
 
 def _pulses(
@@ -228,13 +233,13 @@ def _pulses(
     shape = np.sinc(offset) * np.cos(np.pi * offset / 17.0) ** 2  # fractional delay, windowed
     shape[(place < 0) | (place >= samples)] = 0.0
     place = np.clip(place, 0, samples - 1).ravel()
-    return np.bincount(place, (height[:, None] * shape).ravel(), samples).astype(np.float32)
+    return np.bincount(place, (height[:, None] * shape).ravel(), samples)
 
 
 def _frames(signal_T: np.ndarray, count: int, hop: int, size: int) -> np.ndarray:
     """Spectra [N, F] of Hann frames two hops long, centred on n * hop."""
-    window = scipy.signal.get_window("hann", 2 * hop).astype(np.float32)
-    padded = np.concatenate([np.zeros(hop, np.float32), signal_T, np.zeros(3 * hop, np.float32)])
+    window = scipy.signal.get_window("hann", 2 * hop).astype(signal_T.dtype)
+    padded = np.pad(signal_T, (hop, 3 * hop))
     view = np.lib.stride_tricks.sliding_window_view(padded, 2 * hop)[::hop][:count]
     return scipy.fft.rfft(view * window, size)
 
@@ -242,7 +247,7 @@ def _frames(signal_T: np.ndarray, count: int, hop: int, size: int) -> np.ndarray
 def _overlap_add(spectrum_NF: np.ndarray, hop: int, size: int, samples: int) -> np.ndarray:
     """The inverse of `_frames` [T]; multiplying the spectra before it filters the signal."""
     frames_NT = scipy.fft.irfft(spectrum_NF, size)
-    out_T = np.zeros((len(frames_NT) - 1) * hop + size, np.float32)
+    out_T = np.zeros((len(frames_NT) - 1) * hop + size, frames_NT.dtype)
     for index, frame in enumerate(frames_NT):
         out_T[index * hop : index * hop + size] += frame
     return out_T[hop : hop + samples]
@@ -252,15 +257,16 @@ def _envelopes(
     voice: Voice, track: dict[str, np.ndarray], mean_bins_G: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Level [N, G] in dB of the filter of the pulses, and power [N, G] of that of the noise."""
-    freq_G = GRID_HZ.astype(np.float32)
-    ratio = np.ones((len(track["formants_hz"]), len(freq_G)), np.float32)
+    dtype = track["formants_hz"].dtype
+    freq_G = GRID_HZ.astype(dtype)
+    ratio = np.ones((len(track["formants_hz"]), len(freq_G)), dtype)
     for centre_N in track["formants_hz"].T:
         width_N = voice.bandwidth * formant_width_hz(centre_N)
         square_NG = (freq_G / centre_N[:, None]) ** 2
         ratio *= (1.0 - square_NG) ** 2 + square_NG * ((width_N / centre_N) ** 2)[:, None]
-    tract_NG = -10.0 * np.log10(ratio) + voice.high_tract_db_G.astype(np.float32)
-    colour_NG = voice.colours_db_PG.astype(np.float32)[track["phone"]]
-    tract_NG += colour_NG + track["nasal"][:, None] * voice.nasal_db_G.astype(np.float32)
+    tract_NG = -10.0 * np.log10(ratio) + voice.high_tract_db_G.astype(dtype)
+    colour_NG = voice.colours_db_PG.astype(dtype)[track["phone"]]
+    tract_NG += colour_NG + track["nasal"][:, None] * voice.nasal_db_G.astype(dtype)
     # The derivative of the glottal flow rises 6 dB an octave to the glottal formant, then falls
     # by 6, and by 12 above the tilt corner, which effort raises.
     effort_N = track["effort_db"]
@@ -300,7 +306,9 @@ def _floor(
     return np.outer(hiss_N, hiss_G) + np.outer(rumble_N, rumble_G)
 
 
-def _speak(who: Talker, rng: Rng, samples: int, sample_rate: int) -> np.ndarray:
+def _speak(
+    who: Talker, rng: Rng, samples: int, sample_rate: int, dtype: type = np.float32
+) -> np.ndarray:
     """Dry speech and the noise of the place [T]; a vowel has a mean power of about 1."""
     hop = round(HOP_S * sample_rate)
     size = 1 << (4 * hop).bit_length()
@@ -310,7 +318,7 @@ def _speak(who: Talker, rng: Rng, samples: int, sample_rate: int) -> np.ndarray:
     which_N = np.minimum(np.searchsorted(ends_s, np.arange(count) * HOP_S), len(pieces) - 1)
 
     def held(field: str) -> np.ndarray:
-        return np.array([getattr(piece, field) for piece in pieces], np.float32)[which_N]
+        return np.array([getattr(piece, field) for piece in pieces], dtype)[which_N]
 
     track = {
         "formants_hz": np.exp(_smooth(np.log(held("formants_hz")), 9)),
@@ -323,19 +331,22 @@ def _speak(who: Talker, rng: Rng, samples: int, sample_rate: int) -> np.ndarray:
     for name in ("voice", "breath", "noise"):
         track[name] = _smooth(10.0 ** (held(name + "_db") / 20.0), 3)
     track["f0_hz"] = np.clip(track["f0_hz"] * 2.0 ** (0.01 * _drift(rng, count, 15)), 60.0, 500.0)
-    to_level_GF, to_phase_GF = _to_bins(sample_rate, size)
+    if dtype is np.float64:
+        # Cycles are summed over the whole recording: the last bit of a pitch would grow.
+        track["f0_hz"] = np.round(track["f0_hz"], 6)
+    to_level_GF, to_phase_GF = _to_bins(sample_rate, size, dtype)
     mean_bins_G = to_level_GF.mean(1)
     voiced_NG, noise_NG = _envelopes(who.voice, track, mean_bins_G)
     takes = held("take").astype(int)
     takes_db = [random_curve(rng, who.recording.position_db, 1.0) for _ in range(takes.max() + 1)]
-    position_NG = np.array(takes_db, np.float32)[takes]
-    voiced_NG = np.maximum(voiced_NG + position_NG, -120.0).astype(np.float32)
+    position_NG = np.array(takes_db, dtype)[takes]
+    voiced_NG = np.maximum(voiced_NG + position_NG, -120.0).astype(dtype)
     noise_NG *= 10.0 ** (position_NG / 10.0)
     speech_power = ((10.0 ** (voiced_NG / 10.0) + noise_NG) @ mean_bins_G).mean()
     noise_NG += speech_power * _floor(who.recording, rng, held("puff"), mean_bins_G)
-    noise_NG = noise_NG.astype(np.float32)
-    pulses_T = _pulses(who.voice, rng, track["f0_hz"], hop, samples, sample_rate)
-    hiss_T = rng.standard_normal(samples, np.float32)
+    noise_NG = noise_NG.astype(dtype)
+    pulses_T = _pulses(who.voice, rng, track["f0_hz"], hop, samples, sample_rate).astype(dtype)
+    hiss_T = rng.standard_normal(samples, np.float32).astype(dtype)
     amp_NF = np.exp((voiced_NG * DB_TO_NEPER) @ to_level_GF)
     phase_NF = voiced_NG @ to_phase_GF
     spectrum_NF = _frames(pulses_T, count, hop, size) * amp_NF
@@ -347,7 +358,7 @@ def _speak(who: Talker, rng: Rng, samples: int, sample_rate: int) -> np.ndarray:
 def _record(recording: Recording, rng: Rng, dry_T: np.ndarray, sample_rate: int) -> np.ndarray:
     """Room, microphone, hum, codec, gate and level."""
     samples = len(dry_T)
-    level_GF, phase_GF = _to_bins(sample_rate, 4096)
+    level_GF, phase_GF = _to_bins(sample_rate, 4096, dry_T.dtype.type)
     cut_db_G = np.clip((GRID_HZ - recording.codec_hz) / 5.0, 0.0, 80.0)  # 80 dB within 400 Hz
     response_db_G = recording.response_db_G - cut_db_G
     response = np.exp(DB_TO_NEPER * response_db_G @ level_GF + 1j * (response_db_G @ phase_GF))
@@ -360,7 +371,7 @@ def _record(recording: Recording, rng: Rng, dry_T: np.ndarray, sample_rate: int)
     room_T[0] += 1.0
     for delay_s, gain in recording.reflections:
         room_T[round(delay_s * sample_rate)] += gain
-    filter_T = scipy.signal.oaconvolve(room_T, filter_T).astype(np.float32)
+    filter_T = scipy.signal.oaconvolve(room_T, filter_T).astype(dry_T.dtype)
     wet_T = scipy.signal.oaconvolve(dry_T, filter_T)[:samples]
     rms = np.sqrt(np.mean(wet_T**2) + 1e-20)
     if recording.hum_db > SILENT_DB:
@@ -371,9 +382,9 @@ def _record(recording: Recording, rng: Rng, dry_T: np.ndarray, sample_rate: int)
     if recording.gate_db > SILENT_DB:
         wet_T *= _gate(wet_T / rms, recording.gate_db, sample_rate)
     if recording.codec_hz < np.inf:
-        wet_T = _codec(wet_T.astype(np.float32), recording.codec_floor_db)
+        wet_T = _codec(wet_T.astype(dry_T.dtype), recording.codec_floor_db)
     gain = min(10.0 ** (recording.level_db / 20.0) / rms, 0.97 / (np.abs(wet_T).max() + 1e-9))
-    return (gain * wet_T + recording.offset).astype(np.float32)
+    return gain * wet_T + recording.offset
 
 
 def _gate(wet_T: np.ndarray, gate_db: float, sample_rate: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Timing things in turns, and what a comparison is made of; `eqst.benchmark` uses it."""
+"""Timing things in turns, and what a comparison is made of; `eqst.speed` uses it."""
 
 from __future__ import annotations
 

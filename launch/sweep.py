@@ -1,11 +1,12 @@
 """Runs a sweep on this machine and gathers it: python launch/sweep.py --config=FILE --workdir=DIR
 
 The config file has, beside get_config(), a generator sweep() of (factor, level, seed, changes):
-what each run changes of the config, dotted key by dotted key. A run is trained and evaluated in a folder
-of its own, DIR/FACTOR/LEVEL/SEED; runs with equal settings are one. The same command goes on where
-it stopped: what is done is skipped, what was interrupted resumes. At the end, and with --gather at
-any time, DIR gets sweep.json, table.txt and sweep.png: means over seeds with 95 % intervals, and
-each level's difference from the first of its factor.
+what each run changes of the config, dotted key by dotted key. A run is trained and evaluated in a
+folder of its own, DIR/FACTOR/LEVEL/SEED; runs with equal settings are one. The same command goes on
+where it stopped: what is done is skipped, what was interrupted resumes. At the end, and with
+--gather at any time, DIR gets sweep.json, table.txt and sweep.png: means over seeds with 95 %
+intervals, and each level's difference from the first of its factor. --known=sweep.json takes over
+what was done on another machine.
 """
 
 from __future__ import annotations
@@ -34,11 +35,21 @@ from eqst.record import clock
 from eqst.train import EXIT_INTERRUPTED, Interrupted, differing_keys, train
 
 TRIES = 2  # of a run that fails
+VALID = "cross-validation"  # the column of errors on held-out train talkers
 # A run's own error on held-out train talkers is of the same pairs as another's unless these differ.
 OTHER_PAIRS = re.compile(
     r"eq_table|data\.(sources|source_weights|manifest|permissive_only|folds|fold|protocol"
     r"|segment_seconds|context_seconds|synthetic_.*|min_loudness_lufs|sample_rate)"
 )
+
+
+class Place(NamedTuple):
+    """What a run stands for: a level of a factor with a seed; `index` is its order in sweep()."""
+
+    factor: str
+    level: str
+    seed: int
+    index: int
 
 
 class Member(NamedTuple):
@@ -47,12 +58,12 @@ class Member(NamedTuple):
     Attributes:
       name: of its folder, "factor/level/seed" made safe for a path.
       config: its settings.
-      places: every (factor, level, seed) it stands for.
+      places: everything it stands for.
     """
 
     name: str
     config: config.Config
-    places: tuple[tuple[str, str, int], ...]
+    places: tuple[Place, ...]
 
 
 def expand(path: str, base: Any) -> list[Member]:
@@ -72,7 +83,8 @@ def expand(path: str, base: Any) -> list[Member]:
             f"--config={file} has no generator sweep(): see configs/ablation.py"
         )
     members: dict[str, Member] = {}
-    for factor, level, seed, changes in module["sweep"](*([argument] if colon else [])):
+    expanded = module["sweep"](*([argument] if colon else []))
+    for index, (factor, level, seed, changes) in enumerate(expanded):
         settings = base.copy_and_resolve_references()
         settings.seed = seed
         try:
@@ -81,7 +93,7 @@ def expand(path: str, base: Any) -> list[Member]:
             raise config.ConfigError(f"sweep: {factor}/{level} cannot be set: {error}") from None
         made = config.validate(settings)
         key = json.dumps(config.as_dict(made), sort_keys=True)
-        place = (factor, level, seed)
+        place = Place(factor, level, seed, index)
         name = "/".join(_safe(part) for part in (factor, level, str(seed)))
         if key in members:
             known = members[key]
@@ -101,13 +113,25 @@ def done(workdir: pathlib.Path, member: Member) -> bool:
     return (workdir / member.name / "heldout" / "errors.csv").is_file()
 
 
+def prepare(members: list[Member], data: str, manifest: str) -> None:
+    """Makes the stores of all corpora once, before many processes would each make their own."""
+    seen = set()
+    for member in members:
+        selected, split = evaluate.select(member.config, data, manifest, "dev")
+        for chosen, name in ((member.config.data, "train"), (selected, split)):
+            key = dataclasses.replace(chosen, folds=0, fold=0)
+            if key not in seen:
+                seen.add(key)
+                corpus.open_corpus(chosen, name, functools.partial(print, flush=True))
+
+
 def run_member(workdir: pathlib.Path, member: Member, data: str, manifest: str) -> None:
     """Trains and evaluates one member, or what is left of it."""
     say = functools.partial(print, flush=True)
     folder = workdir / member.name
     train(member.config, folder, say)
     run = trials.open_run(folder)
-    selected, split = evaluate.select(run, data, manifest, "dev")
+    selected, split = evaluate.select(member.config, data, manifest, "dev")
     held_out = corpus.open_corpus(selected, split, say)
     results, errors = evaluate.evaluate(
         run, held_out, held_out, with_baselines=False, with_audio=False, say=say
@@ -136,9 +160,9 @@ class Interruption:
 
 
 def run_all(
-    workdir: pathlib.Path, members: list[Member], *, jobs: int, minutes: float
+    workdir: pathlib.Path, waiting: list[Member], *, jobs: int, minutes: float
 ) -> list[str]:
-    """Runs what is not done, `jobs` processes at a time; the names of those that failed.
+    """Runs members, `jobs` processes at a time; the names of those that failed.
 
     A member is a process of its own: one that fails is tried again at the end and takes no other
     down. SIGTERM, SIGINT or the end of `minutes` (0: none) stop all of them, saved.
@@ -146,10 +170,8 @@ def run_all(
     Raises:
       Interrupted: stopped; the same command goes on.
     """
-    waiting = [member for member in members if not done(workdir, member)]
-    skipped = len(members) - len(waiting)
-    print(f"{len(members)} runs, {skipped} of them done", flush=True)
-    tries = dict.fromkeys((member.name for member in members), 0)
+    waiting, every = list(waiting), len(waiting)
+    tries = dict.fromkeys((member.name for member in waiting), 0)
     running: dict[str, tuple[Member, subprocess.Popen, float]] = {}
     failed: list[str] = []
     finished, began = 0, time.monotonic()
@@ -159,7 +181,7 @@ def run_all(
         if stop.name or late:
             _end(running)
             why = stop.name or f"the {minutes:g} minutes are over"
-            raise Interrupted(f"{why}: {skipped + finished} runs done; the same command goes on")
+            raise Interrupted(f"{why}: {finished} of {every} done; the same command goes on")
         while waiting and len(running) < jobs:
             member = waiting.pop(0)
             tries[member.name] += 1
@@ -174,11 +196,8 @@ def run_all(
                 finished += 1
                 spent = time.monotonic() - began
                 left = spent / finished * (len(waiting) + len(running))
-                total = skipped + finished
-                print(
-                    f"{total}/{len(members)}  {name}  {seconds:.0f} s  left {clock(left)}",
-                    flush=True,
-                )
+                line = f"{finished}/{every}  {name}  {seconds:.0f} s  left {clock(left)}"
+                print(line, flush=True)
             elif tries[name] < TRIES:
                 print(
                     f"{name}: failed ({_last_line(workdir, member)}); once more later", flush=True
@@ -230,78 +249,130 @@ def _last_line(workdir: pathlib.Path, member: Member) -> str:
 # --- gathering -----------------------------------------------------------------------------------
 
 
-def _errors(path: pathlib.Path) -> dict[str, tuple[list[str], list[float]]]:
-    """{column: (talkers, errors)} of the model from an errors.csv, such as "plain 3 s"."""
-    columns: dict[str, tuple[list[str], list[float]]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
+class Outcome(NamedTuple):
+    """What is kept of a member that is done, from its folder or from an earlier sweep.json.
+
+    Attributes:
+      columns: errors of each pair, by column such as "plain 3 s".
+      talkers: whose the pairs are, by column.
+      facts: commit, machine, step, and the error on the train talkers held out.
+    """
+
+    columns: dict[str, list[float]]
+    talkers: dict[str, list[str]]
+    facts: dict[str, Any]
+
+
+def outcome(workdir: pathlib.Path, member: Member) -> Outcome:
+    """Reads what a member left in its folder."""
+    folder = workdir / member.name / "heldout"
+    columns: dict[str, list[float]] = {}
+    talkers: dict[str, list[str]] = {}
+    with open(folder / "errors.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = f"{row['protocol']} {row['seconds']} s"
-            talkers, errors = columns.setdefault(name, ([], []))
-            talkers.append(row["talker"])
-            errors.append(float(row["shape_rmse_db"]))
-    return columns
-
-
-def _valid(workdir: pathlib.Path, member: Member) -> float:
-    """Its error on the train talkers it did not train on, of the checkpoint that was evaluated."""
+            columns.setdefault(name, []).append(round(float(row["shape_rmse_db"]), 3))
+            talkers.setdefault(name, []).append(row["talker"])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rows, _ = record.read_metrics(workdir / member.name / record.METRICS_NAME)
-    return min(row["valid_shape_db"] for row in rows if "valid_shape_db" in row)
+    # Of the checkpoint that was evaluated: the best one on the train talkers it did not train on.
+    valid = [row["valid_shape_db"] for row in rows if "valid_shape_db" in row]
+    facts = {name: results[name] for name in ("commit", "machine", "step")}
+    return Outcome(
+        columns, talkers, {**facts, "cross_validation_db": min(valid) if valid else None}
+    )
 
 
-def gather(workdir: pathlib.Path, members: list[Member]) -> dict[str, Any]:
+def known_outcomes(path: str, members: list[Member]) -> dict[str, Outcome]:
+    """Members that an earlier sweep.json has, with the settings they have now, by name.
+
+    Raises:
+      ValueError: the file is none of a sweep.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        stored = {entry["settings"]: entry for entry in content["members"]}
+        talkers = content["talkers"]
+        return {
+            member.name: Outcome(
+                stored[_settings_hash(member)]["errors"],
+                talkers,
+                stored[_settings_hash(member)]["facts"],
+            )
+            for member in members
+            if _settings_hash(member) in stored
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--known={path} is no sweep.json ({error!r}): name one") from None
+
+
+def _settings_hash(member: Member) -> str:
+    """A name for the settings, but for what changes no result."""
+    plain = config.as_dict(member.config)
+    plain["data"].pop("cache_dir")
+    for key in ("devices", "log_every", "checkpoint_every", "tensorboard"):
+        plain["train"].pop(key)
+    return card.digest(json.dumps(plain, sort_keys=True))[:16]
+
+
+def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """Tables of everything that is done.
 
     Raises:
-      ValueError: nothing is done yet.
+      ValueError: nothing is done yet, or not everything was judged on the same pairs.
     """
-    finished = [member for member in members if done(workdir, member)]
+    finished = [member for member in members if member.name in outcomes]
     if not finished:
-        raise ValueError(f"{workdir}: no run of the sweep is done yet")
-    at = {place: member for member in finished for place in member.places}
-    order = dict.fromkeys((place[0], place[1]) for member in members for place in member.places)
-    bases: dict[str, str] = {}
+        raise ValueError("no run of the sweep is done yet")
+    talkers = outcomes[finished[0].name].talkers
+    if any(outcomes[member.name].talkers != talkers for member in finished):
+        raise ValueError("the runs were judged on different pairs: give all the same --data")
+    at = {place[:3]: member for member in finished for place in member.places}
+    places = sorted((place for member in members for place in member.places), key=lambda x: x.index)
+    order = dict.fromkeys((place.factor, place.level) for place in places)
     levels: dict[str, dict[str, dict[str, comparison.Level]]] = {}
-    read = {
-        member.name: _errors(workdir / member.name / "heldout/errors.csv") for member in finished
-    }
+    skipped: set[str] = set()  # factors whose first level is missing
     for factor, level in order:
-        bases.setdefault(factor, level)
-        seeds = [place[2] for place in at if place[:2] == (factor, level)]
-        if not seeds:
+        seeds = tuple(sorted(place[2] for place in at if place[:2] == (factor, level)))
+        if not seeds and factor not in levels:
+            skipped.add(factor)
+        if not seeds or factor in skipped:
             continue
-        seeds.sort()
         own = [at[factor, level, seed] for seed in seeds]
-        columns = {}
-        for column in read[own[0].name]:
-            rows = [read[member.name][column] for member in own]
-            columns[column] = comparison.Level(
-                tuple(seeds), np.array([row[1] for row in rows]), np.array(rows[0][0])
+        columns = {
+            name: comparison.Level(
+                seeds,
+                np.array([outcomes[member.name].columns[name] for member in own]),
+                np.array(talkers[name]),
             )
-        base = (factor, bases[factor], seeds[0])
-        if base in at and _same_pairs(at[base], own[0]):
-            valid_S1 = np.array([[_valid(workdir, member)] for member in own])
-            columns["cross-validation"] = comparison.Level(
-                tuple(seeds), valid_S1, np.array(["all"])
-            )
+            for name in talkers
+        }
+        valid = [outcomes[member.name].facts["cross_validation_db"] for member in own]
+        first = at[factor, next(iter(levels[factor])), seeds[0]] if factor in levels else own[0]
+        if None not in valid and _same_pairs(first, own[0]):
+            # One number a run: its interval is of the seeds and folds alone.
+            columns[VALID] = comparison.Level(seeds, np.array(valid)[:, None], np.array(["all"]))
         levels.setdefault(factor, {})[level] = columns
-    levels = {factor: rows for factor, rows in levels.items() if bases[factor] in rows}
-    columns = list(dict.fromkeys(c for rows in levels.values() for x in rows.values() for c in x))
-    machines = sorted({_results(workdir, member)["machine"] for member in finished})
     return {
         "command": command.line("launch/sweep.py").replace("-m ", ""),
-        "commit": card.read_card(workdir / finished[0].name)["commit"],
-        "machine": machines,
-        "budget": _budget(workdir, finished),
+        "commit": card.commit(),
+        "machines": sorted({outcomes[member.name].facts["machine"] for member in finished}),
+        "budget": _budget(finished),
         "data": _data(finished),
-        "runs": len(finished),
-        "columns": columns,
+        "columns": [*talkers, VALID],
         "tables": comparison.tables(levels),
-        "members": [_facts(workdir, member, read[member.name]) for member in finished],
+        "talkers": talkers,
+        "members": [
+            {
+                "name": member.name,
+                "settings": _settings_hash(member),
+                "places": [list(place[:3]) for place in member.places],
+                "facts": outcomes[member.name].facts,
+                "errors": outcomes[member.name].columns,
+            }
+            for member in finished
+        ],
     }
-
-
-def _results(workdir: pathlib.Path, member: Member) -> dict[str, Any]:
-    return json.loads((workdir / member.name / "heldout/results.json").read_text(encoding="utf-8"))
 
 
 def _same_pairs(a: Member, b: Member) -> bool:
@@ -315,30 +386,15 @@ def _data(finished: list[Member]) -> dict[str, Any]:
     return {key: data[key] for key in keys}
 
 
-def _budget(workdir: pathlib.Path, finished: list[Member]) -> dict[str, Any]:
-    train_config = finished[0].config.train
-    pairs = sum(m.config.train.steps * m.config.train.batch_size for m in finished)
+def _budget(finished: list[Member]) -> dict[str, Any]:
+    """What the runs took together."""
+    first = finished[0].config.train
+    pairs = sum(x.config.train.steps * x.config.train.batch_size for x in finished)
     return {
-        "steps": train_config.steps,
-        "batch_size": train_config.batch_size,
+        "steps": first.steps,
+        "batch_size": first.batch_size,
         "runs": len(finished),
         "pairs_of_all_runs": pairs,
-    }
-
-
-def _facts(workdir: pathlib.Path, member: Member, errors: dict) -> dict[str, Any]:
-    """One member for the record: where it stands, its errors and those of each talker."""
-    talkers, values = next(iter(errors.values()))
-    means: dict[str, list[float]] = {}
-    for talker, value in zip(talkers, values, strict=True):
-        means.setdefault(talker, []).append(value)
-    return {
-        "name": member.name,
-        "places": [list(place) for place in member.places],
-        "step": _results(workdir, member)["step"],
-        "cross_validation_db": round(_valid(workdir, member), 4),
-        "mean_db": {c: round(float(np.mean(x[1])), 4) for c, x in errors.items()},
-        "talker_mean_db": {t: round(float(np.mean(x)), 3) for t, x in sorted(means.items())},
     }
 
 
@@ -354,6 +410,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
     flags.DEFINE_float("minutes", 0.0, "Stop, saved, after so long; 0: never.", lower_bound=0.0)
     flags.DEFINE_string("only", "", "Runs whose name has this regular expression in it.")
+    flags.DEFINE_string("known", "", "A sweep.json from elsewhere: its runs count as done.")
     flags.DEFINE_bool("dry_run", False, "Name the runs and what they change, and do nothing.")
     flags.DEFINE_bool("gather", False, "Only gather what is done.")
     flags.DEFINE_string("member", "", "Run this one alone (what the command starts itself).")
@@ -393,13 +450,18 @@ def main() -> None:
                 raise ValueError(f"--member={options.member}: the sweep has no such run")
             run_member(workdir, own[0], options.data, options.manifest)
             return
+        outcomes = known_outcomes(options.known, every) if options.known else {}
         failed = []
         if not options.gather:
-            failed = run_all(workdir, members, jobs=options.jobs, minutes=options.minutes)
+            todo = [x for x in members if x.name not in outcomes and not done(workdir, x)]
+            print(f"{len(members)} runs, {len(members) - len(todo)} of them done", flush=True)
+            prepare(todo, options.data, options.manifest)
+            failed = run_all(workdir, todo, jobs=options.jobs, minutes=options.minutes)
     except Interrupted as event:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    content = gather(workdir, members)
+    here = [member for member in every if done(workdir, member)]
+    content = gather(every, {**outcomes, **{x.name: outcome(workdir, x) for x in here}})
     files.write_json(workdir / "sweep.json", content)
     text = comparison.table_text(content["tables"], content["columns"])
     files.write_text(workdir / "table.txt", text)

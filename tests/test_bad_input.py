@@ -25,7 +25,6 @@ from absl import flags
 from eqst import (
     accuracy,
     audio,
-    benchmark,
     checkpoint,
     command,
     config,
@@ -35,6 +34,7 @@ from eqst import (
     match,
     predictor,
     resident,
+    speed,
     train,
     triples,
 )
@@ -47,7 +47,7 @@ ENTRIES = {
     "eqst.evaluate": (evaluate.define_flags, evaluate.main),
     "eqst.triples": (triples.define_flags, triples.main),
     "eqst.accuracy": (accuracy._define_flags, accuracy._body),
-    "eqst.benchmark": (benchmark._define_flags, benchmark.main),
+    "eqst.speed": (speed._define_flags, speed.main),
 }
 # ml_collections 1.1 loads files by a call that Python 3.15 will drop; theirs to change.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -748,9 +748,9 @@ OWN = {
         ({"seed": -1}, None, "--seed=-1: give a non-negative integer"),
         ({"section": "beauty"}, None, "--section=beauty: value should be one of <float32_resp"),
     ],
-    "eqst.benchmark": [
-        ({}, lambda folder: _results(folder, "benchmark.json"), "benchmark.json' exists already: "),
-        ({}, lambda folder: _results(folder, "benchmark.png"), "benchmark.png' exists already: "),
+    "eqst.speed": [
+        ({}, lambda folder: _results(folder, "speed.json"), "speed.json' exists already: "),
+        ({}, lambda folder: _results(folder, "speed.png"), "speed.png' exists already: "),
         ({"rounds": 1}, None, "--rounds=1: give integer >= 2"),
         ({"section": "beauty"}, None, "--section=beauty: value should be one of <responses"),
     ],
@@ -769,7 +769,7 @@ def test_commands_that_write_folders(entry, changes, make, expected, refused, ru
         "eqst.evaluate": {"workdir": "good", "output": "out"},
         "eqst.triples": {"data": ".", "output": "out"},
         "eqst.accuracy": {"output": "out"},
-        "eqst.benchmark": {"output": "out"},
+        "eqst.speed": {"output": "out"},
     }[entry] | changes
     if options.get("workdir"):
         options["workdir"] = runs / options["workdir"]
@@ -804,7 +804,7 @@ def test_each_command_as_a_process(entry, runs, repo, tmp_path):
         "eqst.evaluate": {"workdir": runs / "foreign", "output": "out"},
         "eqst.triples": {"data": "nowhere", "output": "out"},
         "eqst.accuracy": {"output": "out", "bands": "none"},
-        "eqst.benchmark": {"output": "out", "rounds": "none"},
+        "eqst.speed": {"output": "out", "rounds": "none"},
     }[entry]  # fmt: skip
     path = {"PYTHONPATH": os.pathsep.join([str(repo), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(

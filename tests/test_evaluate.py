@@ -1,5 +1,6 @@
 """Evaluation: the same pairs for every method, the truth scores zero, and what is printed."""
 
+import csv
 import json
 
 import jax
@@ -98,7 +99,18 @@ def test_level_changes_nothing_and_recordings_with_themselves_are_compared(run, 
 
 @pytest.mark.long
 def test_all_baselines_stand_beside_the_model(run, recordings, tmp_path):
-    results = evaluate.evaluate(run, recordings, recordings, say=lambda line: None)
+    results, errors = evaluate.evaluate(run, recordings, recordings, say=lambda line: None)
+    path = tmp_path / "errors.csv"
+    path.write_text(evaluate.errors_text(errors))
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for protocol, method in (("plain", "model"), ("coloured", "bayes")):
+        own = [row for row in rows if (row["protocol"], row["method"]) == (protocol, method)]
+        assert [int(row["pair"]) for row in own] == list(range(12))
+        assert {row["talker"] for row in own} == set(recordings.talker_R)
+        mean = np.mean([float(row["shape_rmse_db"]) for row in own])
+        wanted = results["figures"][protocol]["1 s"][method]["shape_rmse_db"]["mean"]
+        assert mean == pytest.approx(wanted, abs=1e-4)
     for protocol in ("plain", "coloured"):
         figures = results["figures"][protocol]["1 s"]
         assert {name for name, _, _ in charts.METHODS} <= set(figures)
@@ -118,10 +130,18 @@ def test_all_baselines_stand_beside_the_model(run, recordings, tmp_path):
 def test_a_folder_trained_on_is_used_by_its_split_and_another_one_whole(run, tmp_path):
     data = config.Data(sources=(f"folder:{tmp_path}",), manifest="m.csv")
     trained = run._replace(config=config.Config(data=data))
-    assert evaluate.select(trained, str(tmp_path), "", "dev")[1] == "dev"
-    new, split = evaluate.select(trained, str(tmp_path / "other"), "", "dev")
+    settings = trained.config
+    assert evaluate.select(settings, str(tmp_path), "", "dev")[1] == "dev"
+    new, split = evaluate.select(settings, str(tmp_path / "other"), "", "dev")
     assert split == "all" and new.manifest == ""
-    assert evaluate.select(trained, "", "", "dev") == (data, "dev")
+    assert evaluate.select(settings, "", "", "dev") == (data, "dev")
+
+
+def test_a_talker_may_be_called_anything():
+    row = evaluate.ErrorRow("plain", 3.0, 0, 'a "b", c\nd', "model", 1.23456)
+    ((head), (found)) = csv.reader(evaluate.errors_text([row]).splitlines(keepends=True))
+    assert found == ["plain", "3", "0", 'a "b", c\nd', "model", "1.2346"]
+    assert tuple(head) == evaluate.ErrorRow._fields
 
 
 def given(monkeypatch, run, tmp_path, *options):
@@ -166,7 +186,7 @@ def test_few_talkers_mean_no_baselines_and_no_figures_mean_no_results(
 
     def without_figures(*_, with_baselines, say):
         asked.append(with_baselines)
-        return {"figures": {"plain": {}, "coloured": {}}}
+        return {"figures": {"plain": {}, "coloured": {}}}, []
 
     monkeypatch.setattr(evaluate, "evaluate", without_figures)
     with pytest.raises(ValueError, match="no pair of 1 s"):

@@ -14,7 +14,8 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "files", "command", "mesh", "card", "seal", "lock", "arrays", "checkpoint"),
+    *("config", "recipes", "files", "command", "mesh", "card", "seal", "lock", "arrays"),
+    "checkpoint",
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
@@ -22,6 +23,7 @@ ORDER = (
     # what is learnt from, and what learns
     *(
         "pairs",
+        "float64",
         "features",
         "evidence",
         "pooled",
@@ -33,10 +35,12 @@ ORDER = (
     ),
     *("objective", "batches", "record", "train"),
     # what is done with it
-    *("metrics", "comparison", "bayes", "linear", "baselines", "trials", "latents", "charts"),
-    "picture",
-    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "benchmark"),
-    # and what is shown of it
+    *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
+    *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
+    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
+    # the open benchmark
+    *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
+    # the page
     *("markup", "drawing", "examples", "scenarios", "page", "site"),
     *("findings", "insights", "material", "chapters", "report"),
 )

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqst import eq, features, observe, pairs, pooled, resident
+from eqst import batches, eq, features, observe, pairs, pooled, predictor, resident, train
 
 RATE = 16000
 SETTINGS = {
@@ -193,3 +193,33 @@ def test_resident_batch_does_not_depend_on_the_devices(configure, little):
         results.append(jax.tree.map(np.asarray, see(constants, numbers)))
     for one, four in zip(*results, strict=True):
         np.testing.assert_allclose(one, four, atol=1e-4)
+
+
+def test_the_seed_is_no_part_of_the_compiled_step(configure, little):
+    """Members of a sweep that differ by their seed find the program of the first in the cache."""
+    programs, labels = [], []
+    for seed in (3, 4):
+        config = configure(SETTINGS | {"seed": seed, "model.hidden": 8, "model.channels": 2})
+        held = loaded(config, little)
+        flat = predictor.normalisation_shape(config)
+        normalisation = jax.tree.map(lambda x: np.ones(x.shape, np.float32), flat)
+
+        def step(state, k_B, held, config=config, normalisation=normalisation):
+            seen = jax.vmap(lambda k: resident.pair(config, held, 0, k))(k_B)
+            return train.train_step(config, state, normalisation, batches.Seen(*seen))
+
+        state = jax.eval_shape(functools.partial(train.init_state, config))
+        numbers = np.arange(4, dtype=np.int32)
+        programs.append(jax.jit(step).lower(state, numbers, held).as_text())
+        labels.append(pairs_of(config, held, 0, numbers)[2])
+        plans, *_ = host_pairs(config, little, 0, numbers)
+        np.testing.assert_array_equal(labels[-1], plans.label_KP)
+    assert programs[0] == programs[1]
+    assert not np.allclose(labels[0], labels[1])
+
+
+def test_without_normalisation_features_are_as_they_are(configure):
+    config = configure(SETTINGS | {"features.normalise": False})
+    mean, scale = batches.measure_normalisation(config, None)
+    assert mean.shape == scale.shape == (40,)
+    assert not mean.any() and (scale == 1).all()

@@ -227,7 +227,7 @@ def test_formants_are_peaks(vowel):
         "fall_db": np.full(3, 6.0),
     }
     track |= {"voice": np.ones(3), "f0_hz": np.full(3, 120.0)}
-    mean_bins_G = synthetic._to_bins(RATE, 2048)[0].mean(1)
+    mean_bins_G = synthetic._to_bins(RATE, 2048, np.float32)[0].mean(1)
     level_NG, _ = synthetic._envelopes(voice, track, mean_bins_G)
     peaks_hz = GRID_HZ[scipy.signal.argrelmax(level_NG[1])[0]]
     for formant in formants[1:]:
@@ -238,7 +238,7 @@ def test_formants_are_peaks(vowel):
 def test_minimum_phase():
     """Level and phase of a one-pole filter agree with scipy.signal.freqz."""
     size = 2048
-    level_GF, phase_GF = synthetic._to_bins(RATE, size)
+    level_GF, phase_GF = synthetic._to_bins(RATE, size, np.float32)
     freq, response = scipy.signal.freqz(
         [1.0], [1.0, -0.7], size // 2 + 1, fs=RATE, include_nyquist=True
     )

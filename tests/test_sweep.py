@@ -1,0 +1,232 @@
+"""launch/sweep.py: what it expands to, that it goes on, that one failure takes no other down."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CONFIG = """
+from eqst import recipes
+
+def get_config(argument=""):
+    settings = recipes.paper()
+    settings.data.synthetic_talkers = 8
+    settings.data.synthetic_seconds = 8.0
+    settings.data.folds = 2
+    settings.data.segment_seconds = (1.5,)
+    settings.train.steps, settings.train.batch_size = 4, 4
+    settings.train.eval_every = settings.train.checkpoint_every = 2
+    settings.train.eval_pairs = 4
+    settings.model.channels, settings.model.hidden = 2, 8
+    settings.evaluation.seconds, settings.evaluation.pairs = (1.5,), 8
+    return settings
+
+def sweep(argument=""):
+    for seed in range(2):
+        yield "head", "grid", seed, {"data.fold": seed}
+        yield "head", "continuous", seed, {"data.fold": seed, "model.head": "continuous"}
+        yield "again", "the same", seed, {"data.fold": seed}
+    if argument == "broken":
+        yield "again", "broken", 0, {"data.min_loudness_lufs": 0.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(repo: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("sweep", repo / "launch" / "sweep.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def run(repo: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/sweep.py", *words]
+    return subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=900)
+
+
+def members_of(sweep: types.ModuleType, path: Path, argument: str = "") -> list:
+    namespace: dict = {}
+    exec(path.read_text(), namespace)
+    base = namespace["get_config"](argument)
+    return sweep.expand(f"{path}:{argument}" if argument else str(path), base)
+
+
+def test_equal_settings_are_one_run(sweep: types.ModuleType, config_file: Path) -> None:
+    members = members_of(sweep, config_file)
+    assert [member.name for member in members] == [
+        "head/grid/0",
+        "head/continuous/0",
+        "head/grid/1",
+        "head/continuous/1",
+    ]
+    assert [place[:3] for place in members[0].places] == [
+        ("head", "grid", 0),
+        ("again", "the same", 0),
+    ]
+    assert [member.config.seed for member in members] == [0, 0, 1, 1]
+    assert members[1].config.model.head == "continuous"
+
+
+def test_the_ablation_expands_with_and_without_recordings(
+    sweep: types.ModuleType, repo: Path
+) -> None:
+    path = repo / "configs" / "ablation.py"
+    plain, real = members_of(sweep, path), members_of(sweep, path, "some/folder")
+    factors = {place[0] for member in real for place in member.places}
+    assert factors >= {"variant", "head", "loss", "ranges", "protocol", "mel bands", "data"}
+    assert "data" not in {place[0] for member in plain for place in member.places}
+    assert len({member.name for member in real}) == len(real)
+    first = real[:15]
+    assert {m.places[0][:2] for m in first} == {
+        ("variant", v) for v in ("db_mel_pm", "db_mel_bl", "linear_mel_bl")
+    }
+    assert {m.config.data.fold for m in first} == set(range(5))  # each seed another fold
+    assert all(m.config.data.permissive_only for m in first)
+
+
+def test_wrong_changes_are_one_line(
+    sweep: types.ModuleType, repo: Path, tmp_path: Path, config_file: Path
+) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        CONFIG + "\ndef sweep(argument=''):\n    yield 'a', 'b', 0, {'model.nose': 1}\n"
+    )
+    for words, said in (
+        ([f"--config={wrong}"], "a/b cannot be set"),
+        (["--config=configs/smoke.py"], "no generator sweep()"),
+        ([f"--config={config_file}", "--only=nothing"], "fits none of the 4 runs"),
+        ([f"--config={config_file}", "--only=("], "no regular expression"),
+        ([f"--config={config_file}", f"--known={config_file}"], "is no sweep.json"),
+        ([f"--config={config_file}", "--gather"], "no run of the sweep is done yet"),
+        ([f"--config={config_file}", "--jobs=0"], "--jobs=0"),
+    ):
+        done = run(repo, *words, f"--workdir={tmp_path / 'none'}")
+        assert done.returncode == 1, words
+        assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (tmp_path / "none").exists()
+
+
+def test_dry_run_names_what_changes(repo: Path, tmp_path: Path, config_file: Path) -> None:
+    words = (f"--config={config_file}", f"--workdir={tmp_path / 'none'}", "--dry_run")
+    done = run(repo, *words, "--only=continuous/1", "--config.train.steps=7")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.strip().splitlines()
+    assert line.startswith("head/continuous/1: ") and "model.head: grid -> continuous" in line
+    assert "steps" not in line  # that is the base's
+    assert not (tmp_path / "none").exists()
+
+
+def write_member(folder: Path, errors: list[float], valid: float) -> None:
+    """What a finished run leaves, made by hand."""
+    (folder / "heldout").mkdir(parents=True)
+    rows = [f"plain,3,{i},talker{i // 2},model,{x}" for i, x in enumerate(errors)]
+    text = "protocol,seconds,pair,talker,method,shape_rmse_db\n" + "\n".join(rows) + "\n"
+    (folder / "heldout" / "errors.csv").write_text(text)
+    facts = {"commit": "c", "machine": "m", "step": 4}
+    (folder / "heldout" / "results.json").write_text(json.dumps(facts))
+    metrics = [{"step": 2, "valid_shape_db": valid + 1}, {"step": 4, "valid_shape_db": valid}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+
+
+def test_gathering_by_hand_and_from_another_machine(
+    sweep: types.ModuleType, tmp_path: Path, config_file: Path
+) -> None:
+    members = members_of(sweep, config_file)
+    errors = {"head/grid/0": [1.0, 2.0, 3.0, 4.0], "head/grid/1": [1.1, 2.1, 3.1, 4.1]}
+    errors |= {"head/continuous/0": [2.0, 3.0, 4.0, 5.0]}
+    for name, values in errors.items():
+        write_member(tmp_path / "a" / name, values, 2.0)
+    outcomes = {
+        member.name: sweep.outcome(tmp_path / "a", member)
+        for member in members
+        if sweep.done(tmp_path / "a", member)
+    }
+    content = sweep.gather(members, outcomes)
+    head, again = content["tables"]["head"], content["tables"]["again"]
+    assert [row["level"] for row in head] == ["grid", "continuous"]
+    assert [row["seeds"] for row in head] == [2, 1]
+    assert head[0]["figures"]["plain 3 s"]["mean"] == pytest.approx(2.55)
+    assert head[1]["differences"]["plain 3 s"]["mean"] == pytest.approx(1.0)  # seed 0 alone
+    assert head[1]["differences"]["cross-validation"]["mean"] == pytest.approx(0.0)
+    assert again[0]["figures"]["plain 3 s"]["mean"] == pytest.approx(2.55)
+
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(content))
+    known = sweep.known_outcomes(str(path), members)
+    assert set(known) == set(errors)
+    assert sweep.gather(members, known)["tables"] == content["tables"]
+    # Other settings are another run.
+    other = [
+        m._replace(config=m.config.__class__(**{**vars(m.config), "seed": 9})) for m in members
+    ]
+    assert not sweep.known_outcomes(str(path), other)
+
+
+def test_other_pairs_are_not_compared(sweep: types.ModuleType, tmp_path: Path, config_file: Path):
+    members = members_of(sweep, config_file)
+    write_member(tmp_path / members[0].name, [1.0, 2.0], 2.0)
+    write_member(tmp_path / members[1].name, [1.0, 2.0, 3.0, 4.0], 2.0)
+    outcomes = {m.name: sweep.outcome(tmp_path, m) for m in members[:2]}
+    with pytest.raises(ValueError, match="different pairs"):
+        sweep.gather(members, outcomes)
+
+
+@pytest.mark.long
+def test_a_sweep_runs_goes_on_and_survives_a_failure(repo: Path, tmp_path: Path, config_file: Path):
+    words = (f"--config={config_file}:broken", f"--workdir={tmp_path / 'w'}", "--jobs=2")
+    first = run(repo, *words, "--only=grid")
+    assert first.returncode == 0, first.stderr + first.stdout
+    assert "2 runs, 0 of them done" in first.stdout
+    kept = (tmp_path / "w/head/grid/0/heldout/errors.csv").stat().st_mtime_ns
+    second = run(repo, *words)
+    assert second.returncode == 1
+    assert "1 of 5 runs failed: again/broken/0" in second.stderr
+    assert "once more later" in second.stdout and "5 runs, 2 of them done" in second.stdout
+    content = json.loads((tmp_path / "w/sweep.json").read_text())
+    assert {m["name"] for m in content["members"]} == {
+        f"head/{level}/{seed}" for level in ("grid", "continuous") for seed in (0, 1)
+    }
+    assert (tmp_path / "w/head/grid/0/heldout/errors.csv").stat().st_mtime_ns == kept
+    assert (tmp_path / "w/table.txt").read_text().count("continuous (2)") == 1
+    assert (tmp_path / "w/sweep.png").read_bytes().startswith(b"\x89PNG")
+    # The mean in the table is that of what every run wrote for itself.
+    own = [
+        [
+            float(line.split(",")[-1])
+            for line in path.read_text().splitlines()[1:]
+            if "plain" in line
+        ]
+        for path in sorted((tmp_path / "w/head/continuous").glob("*/heldout/errors.csv"))
+    ]
+    row = content["tables"]["head"][1]
+    assert row["figures"]["plain 1.5 s"]["mean"] == pytest.approx(np.mean(own), abs=1e-3)
+    # Another machine takes over what is known: nothing is left to do.
+    third = run(
+        repo, *words[:1], f"--workdir={tmp_path / 'v'}", f"--known={tmp_path / 'w/sweep.json'}",
+        "--only=head",
+    )  # fmt: skip
+    assert third.returncode == 0 and "4 runs, 4 of them done" in third.stdout, third.stderr
+    again = json.loads((tmp_path / "v/sweep.json").read_text())
+    assert again["tables"] == content["tables"]
+
+
+@pytest.mark.long
+def test_a_sweep_told_to_stop_saves_its_runs(repo: Path, tmp_path: Path, config_file: Path) -> None:
+    words = (f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--only=grid/0")
+    stopped = run(repo, *words, "--minutes=0.2", "--config.train.steps=100000")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "the 0.2 minutes are over: 0 of 1 done; the same command goes on" in stopped.stderr
+    assert not (tmp_path / "w/head/grid/0/heldout").exists()
