@@ -54,19 +54,21 @@ def excerpts(folder: pathlib.Path) -> list[Excerpt]:
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in corpus.EXTENSIONS and path.is_file()
     }
-    found = []
-    for number, lengths in enumerate(MUSIC_SECONDS):
+    found: dict[int, Excerpt] = {}
+    # The longest first, so that no long file goes to a short excerpt that another would do for.
+    for number in sorted(range(len(MUSIC_SECONDS)), key=lambda n: -sum(MUSIC_SECONDS[n])):
+        lengths = MUSIC_SECONDS[number]
         fit = [path for path, seconds in left.items() if seconds >= sum(lengths)]
         if fit:
             path = fit[int(len(fit) * (number + 0.5) / len(MUSIC_SECONDS))]
             del left[path]
-            found.append(Excerpt(path, lengths))
+            found[number] = Excerpt(path, lengths)
     if not found:
         raise ValueError(
             f"--music={folder} has no audio file of {sum(MUSIC_SECONDS[0]):g} s or more: give "
             "longer ones"
         )
-    return found
+    return [found[number] for number in sorted(found)]
 
 
 def music(chosen: list[Excerpt], matcher: match.Matcher, say: Say) -> list[Example]:
