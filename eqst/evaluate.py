@@ -23,6 +23,7 @@ from absl import flags
 
 from eqst import (
     baselines,
+    charts,
     command,
     corpus,
     eq,
@@ -31,7 +32,6 @@ from eqst import (
     observe,
     pairs,
     predictor,
-    report,
 )
 from eqst.config import Config, Data, as_dict, from_dict
 from eqst.files import result_folder, write_json, write_text
@@ -363,11 +363,11 @@ def _evaluate_into(output: pathlib.Path, options: Any, say: Callable[[str], None
         )
     write_json(output / "results.json", results)
     write_text(output / "errors.csv", errors_text(errors))
-    text = report.table_text(results)
+    text = charts.table_text(results)
     write_text(output / "table.txt", text)
     say("\n" + text)
     try:
-        report.error_against_seconds(results, output / "error_seconds.png")
+        charts.error_against_seconds(results, output / "error_seconds.png")
     except ImportError as error:
         say(f"note: no picture, {error}")
     say(f"results: {output}")

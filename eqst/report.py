@@ -1,176 +1,156 @@
-"""Results as tables and pictures: what `evaluate` prints and draws, from its results.json alone."""
+"""The supplementary page: `python -m eqst.report --workdir=DIR [--workdir=DIR ..] --output=DIR`.
+
+A static site that opens from its folder without network: responses, audio examples, latents,
+claims, scenarios, ablation and benchmark tables, all from finished runs. A folder of a sweep counts
+as its runs. Examples are of the first db_mel_pm among them, else of the first run.
+"""
 
 from __future__ import annotations
 
-import os
-import re
+import functools
+import pathlib
 from typing import Any
 
-from eqst.files import write_atomically
+from absl import flags
 
-# Order of tables and curves: results.json's name, label, colour (None: in the table alone).
-METHODS = (
-    ("model", "EQST", "#c1272d"),
-    ("do_nothing", "do nothing", "#888888"),
-    ("mean_setting", "mean setting", None),
-    ("ltas", "LTAS fit, plain", None),
-    ("ltas_shrunk", "LTAS fit, tuned", "#b8860b"),
-    ("ridge", "ridge", "#6a8f3c"),
-    ("wiener", "linear Bayes", None),
-    ("bayes", "Bayes", "#1f5fa8"),
-    ("bayes_blind", "Bayes, reference alone", "#7ba7d7"),
-    ("oracle_grid", "oracle, paper's grid", None),
-    ("oracle", "oracle fit", None),
+from eqst import (
+    card,
+    chapters,
+    command,
+    corpus,
+    evaluate,
+    examples,
+    findings,
+    match,
+    material,
+    page,
+    scenarios,
+    site,
 )
+from eqst.config import Data
+from eqst.markup import Html
+from eqst.material import Request
+
+EXAMPLES = 10
 
 
-def table_text(results: dict[str, Any]) -> str:
-    """Shape error of every method by protocol and length, with the interval of the mean."""
-    lines = []
-    for protocol, by_length in results["figures"].items():
-        lines.append(f"shape RMSE in dB, {protocol}".ljust(28) + _row(list(by_length)))
-        counts = [f"{x['pairs']} pairs, {x['talkers']} talkers" for x in by_length.values()]
-        lines.append(" " * 28 + _row(counts))
-        for name, label, _ in METHODS:
-            cells = []
-            for figures in by_length.values():
-                if name in figures:
-                    x = figures[name]["shape_rmse_db"]
-                    cells.append(f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})")
-            if cells:
-                lines.append(f"  {label}".ljust(28) + _row(cells))
-        lines.append("")
-    return "\n".join(lines)
+def default_results() -> str:
+    """colab/results of the clone this package lies in, or nothing."""
+    folder = pathlib.Path(__file__).resolve().parents[1] / "colab" / "results"
+    return str(folder) if folder.is_dir() else ""
 
 
-def _row(cells: list[str]) -> str:
-    return "".join(f"{cell:>24}" for cell in cells)
+def _real(data: Data) -> bool:
+    return all(source != "synthetic" for source in data.sources)
 
 
-def error_against_seconds(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws shape error against the length of both recordings, one panel per protocol.
+def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Example]]:
+    """The page, and the examples whose audio goes with it.
 
     Raises:
-      ImportError: matplotlib (the extra [report]) is not installed.
+      ValueError: anything of what was given cannot be used; one line.
     """
-    new_figure = _figure_class()
-    protocols = [name for name, by_length in results["figures"].items() if by_length]
-    figure = new_figure(figsize=(4.6 * len(protocols), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
-    for panel, protocol in zip(panels, protocols, strict=True):
-        by_length = results["figures"][protocol]
-        seconds = [float(label.split()[0]) for label in by_length]
-        for name, label, colour in METHODS:
-            rows = [
-                figures[name]["shape_rmse_db"] for figures in by_length.values() if name in figures
-            ]
-            if colour is None or len(rows) != len(seconds):
-                continue
-            mean = [row["mean"] for row in rows]
-            width = 2.4 if name == "model" else 1.4
-            panel.plot(seconds, mean, "o-", color=colour, lw=width, ms=4, label=label)
-            low, high = [row["low"] for row in rows], [row["high"] for row in rows]
-            panel.fill_between(seconds, low, high, color=colour, alpha=0.12, lw=0)
-        panel.set_xscale("log")
-        panel.set_xticks(seconds, [f"{x:g}" for x in seconds])
-        panel.minorticks_off()
-        panel.set(title=protocol, xlabel="seconds of input and of reference", ylim=(0, None))
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("shape RMSE (dB)")
-    panels[-1].legend(fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    for name in ("data", "music", "triples", "results"):
+        folder = getattr(request, name)
+        if folder and not pathlib.Path(folder).is_dir():
+            raise ValueError(f"--{name}={folder} is not a folder: check the path")
+    runs = material.members(request.workdirs)
+    shown = runs[0]
+    say(f"runs: {', '.join(member.name for member in runs)}; examples of {shown.name}")
+    data, split = evaluate.select(shown.run, request.data, request.manifest, "dev")
+    held_out = corpus.open_corpus(data, split, say)
+    spec = shown.run.config
+    seconds = spec.data.segment_seconds[0]
+    made = examples.test(
+        shown.run, held_out, pairs=request.pairs, seconds=seconds, seed=spec.evaluation.seed
+    )
+    say(f"{request.pairs} held-out pairs: shape error {made.shape_db_n.mean():.2f} dB")
+    chosen = examples.even_ranks(made.shape_db_n, EXAMPLES)
+    matcher = match.Matcher.load(shown.folder)
+    speech = examples.of_test(made, chosen)
+    music = scenarios.music(pathlib.Path(request.music), matcher, say) if request.music else []
+    voices: dict[str, list[examples.Example]] = {}
+    if _real(data):
+        for kind in ("sibilance", "bass"):
+            voices[kind] = scenarios.scenario(kind, held_out, matcher, say)
+    triples: list[scenarios.Set] = []
+    if request.triples:
+        triples = scenarios.of_triples(pathlib.Path(request.triples), matcher, say)
+    latents, claims = chapters.latents_and_claims(runs, made, held_out, say)
+    results = findings.read_results(pathlib.Path(request.results)) if request.results else {}
+    metrics = {member.name: card.metrics_of(member.folder) for member in runs}
+    how = chapters.rule(made, shown, split, data)
+    parts = [
+        ("responses", "Frequency responses", Html(how + findings.responses(made, chosen))),
+        ("examples", "Audio examples", chapters.audio(speech, music, seconds)),
+        ("latents", "Latent business", latents),
+        ("claims", "Take-home claims, measured", claims),
+        ("scenarios", "Application scenarios", chapters.applications(voices, triples)),
+        ("ablation", "Ablation", findings.ablation(_named(results, "ablation"))),
+        (
+            "benchmark",
+            "Open benchmark",
+            findings.leaderboard(_named(results, "benchmark_leaderboard")),
+        ),
+        ("seconds", "Error against seconds", findings.error_against_seconds(results)),
+        ("training", "Training curves", findings.training(metrics)),
+        ("made", "How this page was made", chapters.provenance(request, runs, data)),
+    ]
+    every = [*speech, *music]
+    every += [x for rows in (*voices.values(), *(one.examples for one in triples)) for x in rows]
+    text = page.document(
+        lede=chapters.lede(), facts=chapters.head(shown, made, data), parts=parts, examples=every
+    )
+    return text, every
 
 
-# What a section of a benchmark is drawn by, the first that its rows have.
-_UNITS = {
-    "milliseconds": "milliseconds, less is better",
-    "seconds": "seconds, less is better",
-    "pairs_per_s": "pairs per second, more is better",
-}
-# Words in the rows that are not ours.
-_OTHERS = {"JAX", "dasp", "scipy", "PyTorch", "matchering", "alone"}
+def _named(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+    found = [key for key in results if key.split("/")[-1] == name]
+    return results[found[0]] if found else None
 
 
-def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws every ratio of a benchmark to ours on a logarithmic axis, one panel per section.
-
-    Args:
-      content: of speed.json.
-      path: PNG to write.
-
-    Raises:
-      ValueError: matplotlib (the extra [report]) is not installed.
-    """
-    new_figure = _figure_class()
-    panels = []
-    for name, section in content["sections"].items():
-        unit = next(unit for unit in _UNITS if unit in section["rows"][0])
-        bars = [(row["what"], row[unit]) for row in section["rows"] if unit in row]
-        panels.append((name.replace("_", " "), unit, bars))
-    heights = [len(bars) + 1 for _, _, bars in panels]
-    figure = new_figure(figsize=(9, 0.28 * sum(heights) + 0.6), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (name, unit, bars) in zip(axes, panels, strict=True):
-        labels, values = zip(*bars, strict=True)
-        colours = ["#7ba7d7" if _OTHERS & set(re.findall(r"\w+", x)) else "#c1272d" for x in labels]
-        axis.barh(labels, values, color=colours)
-        for place, value in enumerate(values):
-            axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
-        axis.invert_yaxis()
-        if max(values) > 20 * min(values):
-            axis.set_xscale("log")
-            axis.set_xlim(min(values) / 3, 3 * max(values))
-        else:
-            axis.set_xlim(0, 1.15 * max(values))
-        axis.set_title(f"{name} ({_UNITS[unit]})", fontsize=9, loc="left")
-        axis.tick_params(labelsize=7)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+# ------------------------------------------------------------------------------ the command
 
 
-def sweep(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws every level of a sweep: how far its error is from its factor's first, with intervals.
-
-    Args:
-      content: of sweep.json; its first column is drawn.
-      path: PNG to write.
-
-    Raises:
-      ImportError: matplotlib (the extra [report]) is not installed.
-    """
-    new_figure = _figure_class()
-    column = content["columns"][0]
-    rows: list[tuple[str, Any, bool]] = []
-    for factor, levels in content["tables"].items():
-        rows.append((factor, None, True))
-        for row in levels:
-            name = f"{row['level']} ({row['seeds']})"
-            if row["base"]:
-                mean = row["figures"][column]["mean"]
-                rows.append((f"{name}: {mean:.2f} dB", {"mean": 0, "low": 0, "high": 0}, False))
-            elif column in row["differences"]:
-                rows.append((name, row["differences"][column], False))
-    figure = new_figure(figsize=(8.5, 0.2 * len(rows) + 0.9), layout="constrained")
-    panel = figure.subplots()
-    panel.axvline(0, color="#888888", lw=0.8)
-    for place, (_, found, _) in enumerate(rows):
-        if found is not None:
-            clear = found["low"] * found["high"] > 0
-            colour = "#888888" if not clear else "#c1272d" if found["mean"] > 0 else "#1f5fa8"
-            panel.plot([found["low"], found["high"]], [place, place], color=colour, lw=1.6)
-            panel.plot([found["mean"]], [place], "o", color=colour, ms=4)
-    panel.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
-    for label, (_, _, heading) in zip(panel.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if heading else "normal")
-    panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.tick_params(axis="y", length=0)
-    panel.grid(axis="x", alpha=0.25)
-    panel.set_xlabel(f"shape RMSE, {column}: difference in dB from the first level (left: better)")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+def define_flags() -> None:
+    """The command's flags; called by its main alone, so that importing this module adds none."""
+    flags.DEFINE_multi_string(
+        "workdir", None, "Finished run, or folder of a sweep; may be repeated."
+    )
+    flags.DEFINE_string("output", None, "Folder to make the page in.")
+    flags.DEFINE_string("data", "", "Folder of real speech; default: the run's own held-out split.")
+    flags.DEFINE_string("manifest", "", "CSV (path, split, perhaps licence) of --data.")
+    flags.DEFINE_string("music", "", "Folder of music.")
+    flags.DEFINE_string(
+        "triples", "", "Folder of NAME_input, NAME_reference, NAME_estimated files."
+    )
+    flags.DEFINE_string(
+        "results", "", "Folder of results JSON; default: the clone's colab/results."
+    )
+    flags.DEFINE_integer("pairs", 96, "Held-out pairs that examples are chosen from.", 10, 10_000)
+    flags.DEFINE_bool("overwrite", False, "Replace a page that is already there.")
+    flags.mark_flags_as_required(["workdir", "output"])
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("pictures need the extra: pip install 'eqst[report]'") from None
-    return Figure
+def main() -> None:
+    """The command."""
+    options = flags.FLAGS
+    say = functools.partial(print, flush=True)
+    output = pathlib.Path(options.output)
+    site.check_output(output, overwrite=options.overwrite)
+    request = Request(
+        tuple(options.workdir),
+        options.data,
+        options.manifest,
+        options.music,
+        options.triples,
+        options.results or default_results(),
+        options.pairs,
+    )
+    text, every = build(request, say)
+    size = site.write_site(output, text, every, overwrite=options.overwrite)
+    say(f"{output / site.INDEX}: {len(every)} examples, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    command.start("eqst.report", define_flags, main)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from eqst import card, command, files, report
+from eqst import card, charts, command, files
 from eqst.contests import SECTIONS
 from eqst.timing import FULL, Say, Section, Size
 
@@ -81,7 +81,7 @@ def _run_into(folder: pathlib.Path, names: list[str], size: Size, say: Say) -> N
             "sections": {key: x._asdict() for key, x in done.items()},
         }
         files.write_json(folder / "speed.json", content)
-    report.speed(content, folder / "speed.png")
+    charts.speed(content, folder / "speed.png")
     say(f"{folder / 'speed.json'} and speed.png")
 
 

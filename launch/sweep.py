@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from eqst import card, command, comparison, config, corpus, evaluate, files, record, report, trials
+from eqst import card, charts, command, comparison, config, corpus, evaluate, files, record, trials
 from eqst.record import clock
 from eqst.train import EXIT_INTERRUPTED, Interrupted, differing_keys, train
 
@@ -473,7 +473,7 @@ def main() -> None:
     files.write_text(workdir / "table.txt", text)
     print("\n" + text)
     try:
-        report.sweep(content, workdir / "sweep.png")
+        charts.sweep(content, workdir / "sweep.png")
     except ImportError as error:
         print(f"note: no picture, {error}")
     print(f"gathered: {workdir}/sweep.json, table.txt")

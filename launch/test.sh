@@ -35,6 +35,22 @@ extras=(data report dev)
 make_environment "${extras[@]}"
 
 failed=()
+
+# The tests of the page drive a browser: with --all it is installed where root may do so, on Debian
+# and its kin. Elsewhere those tests are skipped with their reason.
+if [ "${#selection[@]}" -eq 0 ] && ! command -v chromium chromium-browser google-chrome >/dev/null &&
+  [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  heading "a browser for the tests of the page"
+  browser_log=$venv/browser.log
+  if (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    chromium) >"$browser_log" 2>&1; then
+    chromium --version 2>/dev/null
+  else
+    tail -n 3 "$browser_log" >&2
+    failed+=("browser: apt-get could not install chromium (all of it in $browser_log)")
+  fi
+fi
+
 check() {
   heading "$*"
   "$python" -m "$@" || failed+=("$*")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqst import baselines, batches, config, corpus, eq, evaluate, predictor, report, trials
+from eqst import baselines, batches, charts, config, corpus, eq, evaluate, predictor, trials
 
 RATE = 44100
 
@@ -113,17 +113,17 @@ def test_all_baselines_stand_beside_the_model(run, recordings, tmp_path):
         assert mean == pytest.approx(wanted, abs=1e-4)
     for protocol in ("plain", "coloured"):
         figures = results["figures"][protocol]["1 s"]
-        assert {name for name, _, _ in report.METHODS} <= set(figures)
-        for name, _, _ in report.METHODS:
+        assert {name for name, _, _ in charts.METHODS} <= set(figures)
+        for name, _, _ in charts.METHODS:
             assert figures[name]["shape_rmse_db"]["pairs"] == 12, name
-        means = {name: figures[name]["shape_rmse_db"]["mean"] for name, _, _ in report.METHODS}
+        means = {name: figures[name]["shape_rmse_db"]["mean"] for name, _, _ in charts.METHODS}
         # The paper's grid is finer than anything guessed from a second of noise.
         assert means["oracle_grid"] < 0.5 * means["do_nothing"]
         assert means["oracle"] < 0.5 * means["do_nothing"]
     json.dumps(results)
-    text = report.table_text(results)
+    text = charts.table_text(results)
     assert "Bayes" in text and "12 pairs, 6 talkers" in text
-    report.error_against_seconds(results, tmp_path / "picture.png")
+    charts.error_against_seconds(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 

@@ -36,10 +36,13 @@ ORDER = (
     *("objective", "batches", "record", "train"),
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
-    *("latents", "latentstats", "verdict", "claims", "report", "picture"),
+    *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
     # the open benchmark
     *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
+    # the page
+    *("markup", "drawing", "examples", "scenarios", "page", "site"),
+    *("findings", "insights", "material", "chapters", "report"),
 )
 
 # A large dependency stays inside the one module that owns it (or two).
@@ -49,7 +52,7 @@ OWNERS = {
     "array_record": {"corpus", "data"},
     "flax": {"predictor"},
     "orbax": {"arrays"},
-    "matplotlib": {"picture", "report"},
+    "matplotlib": {"picture", "charts"},
     "torch": {"rivals", "contests"},
 }
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from eqst import contests, eq, report, rivals, speed
+from eqst import charts, contests, eq, rivals, speed
 from eqst.timing import Size, in_turns, process, target, timings
 
 TINY = Size(rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60)
@@ -64,7 +64,7 @@ def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
 @pytest.mark.parametrize("name", [x for x in contests.SECTIONS if x != "responses"])
 def test_every_section_runs(name, tmp_path):
     found = contests.SECTIONS[name](TINY, lambda _: None)
-    report.speed({"sections": {name: found._asdict()}}, tmp_path / "picture.png")
+    charts.speed({"sections": {name: found._asdict()}}, tmp_path / "picture.png")
     assert speed.table({name: found}).startswith(f"{name}: ")
     assert found.rows and all(
         np.isfinite(value) and value >= 0

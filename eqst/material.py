@@ -1,0 +1,78 @@
+"""What the page is made of: finished runs, and what else was given."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from eqst import card, trials
+from eqst.config import Config, from_card
+
+# By features.scale and model.comparison of mel features: the name in configs/, and the seed's.
+VARIANTS = {
+    ("linear", "subtract"): ("linear_mel_bl", "Baseline model"),
+    ("db", "subtract"): ("db_mel_bl", "Baseline model with dB valued representation"),
+    ("db", "learned"): ("db_mel_pm", "Proposed model with dB valued representation"),
+}
+
+
+class Member(NamedTuple):
+    """A finished run: a name for people, its folder, its variant (or "pooled"), the model."""
+
+    name: str
+    folder: pathlib.Path
+    variant: str
+    run: trials.Run
+
+
+class Request(NamedTuple):
+    """What the command was asked for; paths may be empty but for the first."""
+
+    workdirs: tuple[str, ...]
+    data: str
+    manifest: str
+    music: str
+    triples: str
+    results: str
+    pairs: int
+
+
+def variant(config: Config) -> str:
+    """Which of the paper's three a run is, or "pooled"."""
+    key = (config.features.scale, config.model.comparison)
+    return VARIANTS[key][0] if config.features.kind == "mel" and key in VARIANTS else "pooled"
+
+
+def folders(workdir: str) -> list[pathlib.Path]:
+    """A run's folder itself, or those of a sweep, its factor `variant` first.
+
+    Raises:
+      ValueError: there is no run in it.
+    """
+    root = pathlib.Path(workdir)
+    if not root.is_dir():
+        raise ValueError(f"--workdir={workdir} is not a folder: give a run of eqst.train")
+    if (root / card.CARD_NAME).is_file():
+        return [root]
+    found = sorted(
+        path.parent for path in root.rglob(card.CARD_NAME) if (path.parent / "checkpoints").is_dir()
+    )
+    if not found:
+        raise ValueError(
+            f"--workdir={workdir} holds no run: give the folder that eqst.train or a sweep wrote to"
+        )
+    return sorted(found, key=lambda path: (path.relative_to(root).parts[0] != "variant", path))
+
+
+def members(workdirs: Sequence[str]) -> list[Member]:
+    """The first run given of every variant; the one whose examples are shown comes first."""
+    found: dict[str, Member] = {}
+    for workdir in workdirs:
+        root = pathlib.Path(workdir)
+        for folder in folders(workdir):
+            kind = variant(from_card(card.read_card(folder)["config"]))
+            if kind not in found:
+                name = root.name if folder == root else f"{root.name}/{folder.relative_to(root)}"
+                found[kind] = Member(name, folder, kind, trials.open_run(folder))
+    return sorted(found.values(), key=lambda member: member.variant != "db_mel_pm")
