@@ -7,6 +7,7 @@ what else it has to say. A row fails when its worst value exceeds its limit; Non
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,15 @@ _CHUNK, _FREQUENCIES = 5000, 48  # bands at once, frequencies for each
 
 Row = dict[str, Any]
 Bands = tuple[Any, ...]  # cutoff in Hz, gain in dB and q, float64 arrays
+
+
+def _float64() -> contextlib.AbstractContextManager:
+    """float64 for what is traced inside; JAX before 0.8 has it elsewhere."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # type: ignore[attr-defined,unused-ignore]
+
+    return enable_x64(True)
 
 
 def _row(what: str, worst: float, limit: float | None, unit: str, **more: Any) -> Row:
@@ -76,7 +86,7 @@ def float32_responses(bands: int, seed: int) -> list[Row]:
             compiled, worst = jax.jit(functools.partial(response, sample_rate=rate)), 0.0
             for freq_BF, band in _chunks(seed, rate, bands):
                 single = np.asarray(compiled(*(np.float32(x) for x in (freq_BF, *band))))
-                with jax.enable_x64(True):
+                with _float64():
                     double = np.asarray(compiled(freq_BF, *band))
                 worst = max(worst, float(np.max(np.abs(single - double))))
             rows.append(_row(f"{kind} at {rate} Hz, float32", worst, FLOAT32_LIMIT_DB, "dB"))
@@ -114,7 +124,7 @@ def float64_coefficients(bands: int, seed: int) -> list[Row]:
             compiled = jax.jit(functools.partial(response, sample_rate=rate))
             worst, share, where = 0.0, 0.0, {}
             for freq_BF, band in _chunks(seed + 1, rate, max(1, bands // 10)):
-                with jax.enable_x64(True):
+                with _float64():
                     formula_BF = np.asarray(compiled(freq_BF, *band))
                 coefficients_BF, bound_BF = _coefficients_db(kind, freq_BF, band, rate)
                 error_BF = np.abs(formula_BF - coefficients_BF)
@@ -182,7 +192,7 @@ def _one_band(*arrays: jax.Array, kind: str, sample_rate: int) -> jax.Array:
 def _differences(response: Callable, freq_BF: np.ndarray, band: Bands) -> list[np.ndarray]:
     """Derivatives [B, F] of a response by cutoff, gain and q: central differences in float64."""
     compiled, slopes = jax.jit(response), []
-    with jax.enable_x64(True):
+    with _float64():
         for p, array in enumerate(band):
             step = 1e-5 if p == 1 else 1e-6 * array
             up, down = (

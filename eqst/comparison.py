@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
+from eqst import metrics
+
 RESAMPLES = 2000
 
 
@@ -53,29 +55,11 @@ def seed_noise(means: list[np.ndarray]) -> SeedNoise:
     return SeedNoise(math.sqrt(squares / freedom), freedom)
 
 
-def bootstrap_means(
-    value_P: np.ndarray, talker_P: np.ndarray, seed: int, *, resamples: int = RESAMPLES
-) -> np.ndarray:
-    """[resamples] means of a value per pair: talkers drawn with replacement, then pairs of each."""
-    rng = np.random.default_rng(seed)
-    talkers, which_P = np.unique(talker_P, return_inverse=True)
-    drawn_RG = rng.integers(len(talkers), size=(resamples, len(talkers)))
-    sums_R, counts_R = np.zeros(resamples), np.zeros(resamples)
-    for index in range(len(talkers)):
-        value_p = value_P[which_P == index]
-        times_R = (drawn_RG == index).sum(axis=1)
-        # As many of a talker's pairs as it has, for each time the talker was drawn.
-        times_Rp = rng.multinomial(times_R * len(value_p), np.full(len(value_p), 1 / len(value_p)))
-        sums_R += times_Rp @ value_p
-        counts_R += times_R * len(value_p)
-    return sums_R / counts_R
-
-
 def interval(
     error_SP: np.ndarray, talker_P: np.ndarray, noise: SeedNoise, seed: int = 0
 ) -> dict[str, float]:
     """Mean over seeds and pairs, and its 95 % interval."""
-    means_R = bootstrap_means(error_SP.mean(axis=0), talker_P, seed)
+    means_R = metrics.resampled_means(error_SP.mean(axis=0), talker_P, seed, RESAMPLES)
     if noise.freedom:
         rng = np.random.default_rng(seed + 1)
         scale = noise.deviation / math.sqrt(len(error_SP))

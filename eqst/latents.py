@@ -14,9 +14,10 @@ import os
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from eqst import analysis, observe, predictor, trials
+from eqst import analysis, eq, observe, predictor, trials
 from eqst.config import Config
 
 
@@ -124,6 +125,82 @@ def _of_batch(
         return _of_heard(config, params, normalisation, *heard)
 
     return jax.vmap(one)(input_BT, reference_BT)
+
+
+class Attribution(NamedTuple):
+    """What each mel band of a pair does to the predicted curve, level removed.
+
+    Attributes:
+      slope_input_FM, slope_reference_FM: [F, M] the curve's change, to first order, when all frames
+        of one band of one recording rise by one unit of the features (1 dB of dB features).
+      gradient_input_FM, gradient_reference_FM: [F, M] gradient times input: that slope times the
+        band's mean distance from the train mean.
+      occluded_M: [M] RMS change of the curve in dB when the band stands at the train mean in both
+        recordings.
+    """
+
+    slope_input_FM: np.ndarray
+    slope_reference_FM: np.ndarray
+    gradient_input_FM: np.ndarray
+    gradient_reference_FM: np.ndarray
+    occluded_M: np.ndarray
+
+
+def attribution(run: trials.Run, input_T: np.ndarray, reference_T: np.ndarray) -> Attribution:
+    """Which mel bands of a pair a prediction rests on, at frequencies `eq.curve_grid_hz`.
+
+    Args:
+      run: a mel model.
+      input_T, reference_T: [T] mono at the model's rate.
+
+    Raises:
+      ValueError: the model has no mel bands.
+    """
+    if run.config.features.kind != "mel":
+        raise ValueError(f"features.kind {run.config.features.kind!r} has no mel bands")
+    heard = [observe.listen(run.config, samples_T) for samples_T in (input_T, reference_T)]
+    slope_2FM, occluded_M = _attribute(run.config, run.params, run.normalisation, *heard)
+    away_2M = [np.mean(x_NM - run.normalisation.mean[None, :], axis=0) for x_NM in heard]
+    slopes = np.asarray(slope_2FM)
+    gradients = slopes * np.stack(away_2M)[:, None, :]
+    return Attribution(*slopes, *gradients, np.asarray(occluded_M))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attribute(
+    config: Config,
+    params: predictor.Params,
+    normalisation: predictor.Normalisation,
+    input_NM: jax.Array,
+    reference_NM: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    freq_hz_F = eq.curve_grid_hz(config.data.sample_rate)
+
+    def settings(rise_2M: jax.Array) -> jax.Array:
+        heard = (input_NM + rise_2M[0][None, :], reference_NM + rise_2M[1][None, :])
+        return jnp.stack(predictor.predict_heard(config, params, normalisation, *heard))
+
+    def curve(said_PK: jax.Array) -> jax.Array:
+        rate = config.data.sample_rate
+        return eq.remove_level(eq.response_db(eq.EqParams(*said_PK), freq_hz_F, sample_rate=rate))
+
+    at_rest_2M = jnp.zeros((2, config.features.mel_bands), jnp.float32)
+    said_PK = settings(at_rest_2M)
+    # In two parts, since the settings are few and the curve's points many.
+    curve_FPK, settings_PK2M = jax.jacrev(curve)(said_PK), jax.jacrev(settings)(at_rest_2M)
+    slope_2FM = jnp.einsum("fpk,pksm->sfm", curve_FPK, settings_PK2M, precision="highest")
+
+    def occluded(band: jax.Array) -> jax.Array:
+        mean_M = jnp.broadcast_to(normalisation.mean, (config.features.mel_bands,))
+        away_M = jnp.arange(config.features.mel_bands) == band
+        heard = (
+            jnp.where(away_M[None, :], mean_M[None, :], x_NM) for x_NM in (input_NM, reference_NM)
+        )
+        said = predictor.predict_heard(config, params, normalisation, *heard)
+        change_F = curve(jnp.stack(said)) - curve(said_PK)
+        return jnp.sqrt(jnp.mean(change_F**2))
+
+    return slope_2FM, jax.lax.map(occluded, jnp.arange(config.features.mel_bands), batch_size=8)
 
 
 def as_image(run: trials.Run, latent_L: np.ndarray) -> np.ndarray:

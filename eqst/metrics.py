@@ -282,7 +282,7 @@ def summarise(
     values_n, talker_n = values_n[kept_n], talker_n[kept_n]
     if values_n.size == 0:
         return Interval(*(float("nan"),) * 5, pairs=0)
-    means_R = _resampled_means(values_n, talker_n, seed, resamples)
+    means_R = resampled_means(values_n, talker_n, seed, resamples)
     low, high = np.percentile(means_R, [2.5, 97.5])
     return Interval(
         mean=float(values_n.mean()),
@@ -328,7 +328,7 @@ def paired_difference(
     if not kept_n.any():
         return Difference(*(float("nan"),) * 4, pairs=0)
     difference_n = (a_n - b_n)[kept_n]
-    means_R = _resampled_means(difference_n, talker_n[kept_n], seed, resamples)
+    means_R = resampled_means(difference_n, talker_n[kept_n], seed, resamples)
     low, high = np.percentile(means_R, [2.5, 97.5])
     beyond = min(np.mean(means_R <= 0), np.mean(means_R >= 0))
     return Difference(
@@ -340,7 +340,7 @@ def paired_difference(
     )
 
 
-def _resampled_means(
+def resampled_means(
     values_n: np.ndarray, talker_n: np.ndarray, seed: int, resamples: int
 ) -> np.ndarray:
     """[R] means over resampled talkers and then pairs of each."""

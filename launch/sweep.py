@@ -295,14 +295,17 @@ def known_outcomes(path: str, members: list[Member]) -> dict[str, Outcome]:
         talkers = content["talkers"]
         return {
             member.name: Outcome(
-                stored[_settings_hash(member)]["errors"],
+                {
+                    name: [float(word) for word in text.split()]
+                    for name, text in stored[_settings_hash(member)]["errors"].items()
+                },
                 talkers,
                 stored[_settings_hash(member)]["facts"],
             )
             for member in members
             if _settings_hash(member) in stored
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"--known={path} is no sweep.json ({error!r}): name one") from None
 
 
@@ -368,7 +371,10 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
                 "settings": _settings_hash(member),
                 "places": [list(place[:3]) for place in member.places],
                 "facts": outcomes[member.name].facts,
-                "errors": outcomes[member.name].columns,
+                "errors": {
+                    name: " ".join(f"{x:.3f}" for x in errors)
+                    for name, errors in outcomes[member.name].columns.items()
+                },
             }
             for member in finished
         ],

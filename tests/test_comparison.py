@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eqst import comparison
+from eqst import comparison, metrics
 from eqst.comparison import Level, SeedNoise
 
 
@@ -23,14 +23,14 @@ def test_bootstrap_of_equal_talkers_has_the_spread_of_their_means() -> None:
     """Talkers whose pairs are all alike leave the spread of drawing talkers: sd / sqrt(G)."""
     talker_means = np.random.default_rng(0).normal(2.0, 0.5, 40)
     value_P, talker_P = np.repeat(talker_means, 5), np.repeat(np.arange(40), 5)
-    means_R = comparison.bootstrap_means(value_P, talker_P, 1, resamples=4000)
+    means_R = metrics.resampled_means(value_P, talker_P, 1, 4000)
     assert means_R.mean() == pytest.approx(talker_means.mean(), abs=0.01)
     assert means_R.std() == pytest.approx(talker_means.std() / math.sqrt(40), rel=0.06)
 
 
 def test_bootstrap_weighs_talkers_by_their_pairs() -> None:
     value_P = np.array([1.0, 1.0, 1.0, 5.0])
-    means_R = comparison.bootstrap_means(value_P, np.array(["a", "a", "a", "b"]), 0)
+    means_R = metrics.resampled_means(value_P, np.array(["a", "a", "a", "b"]), 0, 500)
     # Both, or one of them twice: 2, 1 and 5 are all there can be.
     assert set(np.round(means_R, 9)) == {1.0, 2.0, 5.0}
 

@@ -86,6 +86,40 @@ def test_level_does_not_matter(learned, pair):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_attribution_is_what_moving_or_masking_a_band_does(learned, pair):
+    """Against finite differences of one band, and a prediction from features with one masked."""
+    found = latents.attribution(learned, *pair)
+    heard = [np.array(observe.listen(learned.config, samples_T)) for samples_T in pair]
+
+    def curve(input_NM: np.ndarray, reference_NM: np.ndarray) -> np.ndarray:
+        said = predictor.predict_heard(
+            learned.config, learned.params, learned.normalisation, input_NM, reference_NM
+        )
+        grid_hz = eq.curve_grid_hz(RATE)
+        exact = eq.EqParams(*(np.asarray(x, np.float64) for x in said))
+        return np.asarray(eq.remove_level(eq.response_db(exact, grid_hz, sample_rate=RATE)))
+
+    for side, slope_FM in enumerate((found.slope_input_FM, found.slope_reference_FM)):
+        band = 5 + side
+        moved = [[x.copy() for x in heard] for _ in range(2)]
+        moved[0][side][:, band] += 0.5
+        moved[1][side][:, band] -= 0.5
+        expected_F = curve(*moved[0]) - curve(*moved[1])
+        assert np.abs(expected_F).max() > 1e-3
+        error = np.abs(slope_FM[:, band] - expected_F).max()
+        assert error < 0.05 * np.abs(expected_F).max() + 1e-4
+    away = np.mean(heard[1][:, 3]) + 20.0  # the train mean is -20
+    np.testing.assert_allclose(
+        found.gradient_reference_FM[:, 3], away * found.slope_reference_FM[:, 3], rtol=1e-4
+    )
+    masked = [x.copy() for x in heard]
+    for x_NM in masked:
+        x_NM[:, 9] = -20.0
+    expected = np.sqrt(np.mean((curve(*masked) - curve(*heard)) ** 2))
+    np.testing.assert_allclose(found.occluded_M[9], expected, rtol=0.01, atol=1e-4)
+    assert found.occluded_M.shape == (16,)
+
+
 @pytest.fixture
 def workdir(learned, tmp_path):
     """The run on disk, as training leaves it."""
@@ -128,3 +162,5 @@ def test_mistakes_are_told_in_one_line(learned, pair, tmp_path, configure):
     other = learned._replace(config=configure(pooled))
     with pytest.raises(ValueError, match="'pooled' has no channels by mel bands"):
         latents.as_image(other, np.zeros(48))
+    with pytest.raises(ValueError, match="'pooled' has no mel bands"):
+        latents.attribution(other, *pair)
