@@ -302,7 +302,7 @@ def who(options: Any) -> tuple[list[Listener], list[str]]:
             names += BASELINES
         elif word in BASELINES:
             names.append(word)
-        elif os.path.isdir(word):
+        elif os.path.isdir(word) or card.is_exported(word):
             name = options.name or pathlib.Path(word).resolve().name
             listeners.append(contestants.of_workdir(name, word))
         else:

@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
       card: its config.json.
       params: nested dict of numpy arrays.
       step: of training, that they are of.
-      metrics: the rows of its metrics.jsonl, {"step": .., ..}; packaged weights have none.
+      metrics: the rows of its metrics.jsonl, {"step": .., ..}; older exported weights have none.
     """
 
     card: dict[str, Any]
@@ -152,7 +152,12 @@ def read_metrics(path: pathlib.Path | epath.Path) -> tuple[list[dict], int]:
 
 
 def metrics_of(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], ...]:
-    """The rows of a run's metrics.jsonl in order; none where it has no such file."""
+    """The rows of a run's metrics.jsonl in order; none where it has no such file.
+
+    Of exported weights those that went with them.
+    """
+    if is_exported(workdir):
+        return load_weights(workdir).metrics
     path = epath.Path(workdir) / METRICS_NAME
     return tuple(read_metrics(path)[0]) if path.is_file() else ()
 
@@ -213,9 +218,16 @@ def save_weights(
     stem = epath.Path(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     weights = {"step": loaded.step, "dtype": dtype, "sha256": digest(buffer.getvalue())}
+    weights["metrics"] = list(loaded.metrics)
     write_whole(stem.parent / f"{stem.name}.npz", buffer.getvalue())
     card = _with_checksum({**loaded.card, "weights": weights})
     write_whole(stem.parent / f"{stem.name}.json", card)
+
+
+def is_exported(path_stem: str | os.PathLike[str]) -> bool:
+    """Whether this is the path, without the ending, of weights that were exported."""
+    stem = epath.Path(path_stem)
+    return not stem.is_dir() and stem.with_name(f"{stem.name}.npz").is_file()
 
 
 def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
@@ -247,7 +259,8 @@ def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
     for name, leaf in leaves.items():
         if leaf.dtype == np.float16:
             leaves[name] = leaf.astype(np.float32)
-    return Loaded(card, nested(leaves), card["weights"]["step"])
+    metrics = tuple(card["weights"]["metrics"]) if "metrics" in card["weights"] else ()
+    return Loaded(card, nested(leaves), card["weights"]["step"], metrics)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from eqst.card import (
     CheckpointError,
     DamagedCard,
     Loaded,
+    is_exported,
     load_weights,
     metrics_of,
     named_leaves,
@@ -65,6 +66,7 @@ __all__ = [
     "config_of",
     "export_weights",
     "find_card",
+    "is_exported",
     "load",
     "load_all",
     "load_weights",
@@ -238,7 +240,8 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
     Needs neither the config file of the run nor its optimiser.
 
     Args:
-      workdir: the run's folder; a run still in training may be read too.
+      workdir: the run's folder, in training still perhaps; or what `export_weights` wrote of one
+        (its path without the ending), such as colab/weights/db_mel_pm.
       which: "best" (by the metric given to `save_best`; where none can be read, the last of a run
         that has trained, said in one line) or "last".
 
@@ -251,6 +254,8 @@ def load(workdir: str | os.PathLike[str], *, which: str = "best") -> Loaded:
     """
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r}: choose 'best' or 'last'")
+    if is_exported(workdir):
+        return load_weights(workdir)
     card = read_card(workdir)
     folder = _absolute(workdir) / "checkpoints"
     try:

@@ -45,12 +45,15 @@ def variant(config: Config) -> str:
 
 
 def folders(workdir: str) -> list[pathlib.Path]:
-    """A run's folder itself, or those of a sweep, its factor `variant` first.
+    """A run itself (its folder, or its exported weights), or those of a sweep, its factor `variant`
+    first.
 
     Raises:
       ValueError: there is no run in it.
     """
     root = pathlib.Path(workdir)
+    if card.is_exported(root):
+        return [root]
     if not root.is_dir():
         raise ValueError(f"--workdir={workdir} is not a folder: give a run of eqst.train")
     if (root / card.CARD_NAME).is_file():
@@ -71,7 +74,9 @@ def members(workdirs: Sequence[str]) -> list[Member]:
     for workdir in workdirs:
         root = pathlib.Path(workdir)
         for folder in folders(workdir):
-            kind = variant(from_card(card.read_card(folder)["config"]))
+            exported = card.is_exported(folder)
+            about = card.load_weights(folder).card if exported else card.read_card(folder)
+            kind = variant(from_card(about["config"]))
             if kind not in found:
                 name = root.name if folder == root else f"{root.name}/{folder.relative_to(root)}"
                 found[kind] = Member(name, folder, kind, trials.open_run(folder))

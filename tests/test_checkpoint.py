@@ -649,6 +649,13 @@ def test_exported_weights_are_exact(tmp_path: Path) -> None:
     assert loaded.step == 12
     assert loaded.card["config"] == CARD["config"]
     assert_same(loaded.params, jax.tree.map(np.asarray, params))
+    # Whoever takes a run takes these, and the record goes with them.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
+    checkpoint.export_weights(tmp_path, tmp_path / "out" / "mine")
+    again = checkpoint.load(tmp_path / "out" / "mine")
+    assert_same(again.params, loaded.params)
+    assert again.metrics == ({"step": 3, "loss": 1.5},)
+    assert not checkpoint.is_exported(tmp_path) and not checkpoint.is_exported(tmp_path / "none")
     with np.load(tmp_path / "out" / "mine.npz") as arrays:
         assert sorted(arrays.files) == ["encoder/kernel", "table/index"]
 
