@@ -17,7 +17,7 @@ SEEDS = 5
 UNAUGMENTED = {"data.warp": 1.0, "data.curve_share": 0.0, "data.noise_share": 0.0}
 
 # The level that `get_config` stands for comes first; the others say what they change.
-FACTORS = {
+FACTORS: dict[str, dict[str, dict]] = {
     "variant": {
         "db_mel_pm": {},
         "db_mel_bl": {"model.comparison": "subtract"},
@@ -137,7 +137,7 @@ FACTORS = {
 
 # What takes recordings: how much of which kind.
 SYNTHETIC = {"data.sources": ("synthetic",), "data.source_weights": (1.0,)}
-DATA = {
+DATA: dict[str, dict] = {
     "permissive and synthetic": {},
     "synthetic": SYNTHETIC,
     "synthetic, 32 talkers": {**SYNTHETIC, "data.synthetic_talkers": 32},

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eqst import corpus, eq, mesh, observe, pairs, predictor, resident
@@ -100,7 +101,7 @@ def measure_normalisation(config: Config, source: Source) -> predictor.Normalisa
     """
     if not config.features.normalise:
         shape = predictor.normalisation_shape(config).mean.shape
-        return predictor.Normalisation(np.zeros(shape, np.float32), np.ones(shape, np.float32))
+        return predictor.Normalisation(jnp.zeros(shape), jnp.ones(shape))
     see = jax.jit(source.see, static_argnums=2)
     first = NORMALISATION_FIRST // config.train.batch_size
     first -= first % len(config.data.segment_seconds)

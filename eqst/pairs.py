@@ -178,7 +178,7 @@ def _pick(uniform: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def draw(
-    seed: int | jax.Array,
+    seed: int | jax.Array | np.ndarray,
     k: jax.Array,
     index: Index,
     *,
