@@ -141,6 +141,8 @@ def sweep(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     column = content["columns"][0]
     rows: list[tuple[str, Any, bool]] = []
     for factor, levels in content["tables"].items():
+        if len(levels) < 2:  # nothing to compare with yet
+            continue
         rows.append((factor, None, True))
         for row in levels:
             name = f"{row['level']} ({row['seeds']})"

@@ -183,11 +183,14 @@ def ablation(content: Mapping[str, Any] | None) -> Html:
         "p",
         "Shape RMSE in dB, lower is better: mean over seeds and pairs, 95 % interval over seeds, "
         "talkers and pairs; below it the difference from the first level of the factor (bold), "
-        "with its interval and p of a paired test. ",
+        "with its interval and p of a paired test, adjusted for their number (Holm). A factor of "
+        "which only the first level has been run is left out. ",
         f"Budget: {_plain(content.get('budget'))}. Data: {_plain(content.get('data'))}.",
     )
     tables = []
     for factor, levels in content["tables"].items():
+        if len(levels) < 2:
+            continue
         rows = [
             [row["level"], row["seeds"], *(_ablation_cell(row, column) for column in columns)]
             for row in levels
@@ -204,8 +207,8 @@ def _ablation_cell(row: Mapping[str, Any], column: str) -> Html | str:
     if "differences" in row and column in row["differences"]:
         x = row["differences"][column]
         words = f"{signed(x['mean'], 2)} ({signed(x['low'], 2)} .. {signed(x['high'], 2)})"
-        if "p" in x and x["p"] is not None:
-            words += f", p {x['p']:.2g}"
+        if "p_holm" in x:
+            words += ", p < 0.001" if x["p_holm"] < 1e-3 else f", p {x['p_holm']:.2g}"
         cell = Html(cell + tag("br") + tag("small", words))
     return cell
 

@@ -386,22 +386,24 @@ def _same_pairs(a: Member, b: Member) -> bool:
     return not any(OTHER_PAIRS.match(line.split(":")[0]) for line in changed)
 
 
-def _data(finished: list[Member]) -> dict[str, Any]:
-    data = dataclasses.asdict(finished[0].config.data)
-    keys = ("sources", "source_weights", "permissive_only", "synthetic_talkers", "folds")
-    return {key: data[key] for key in keys}
+def _data(finished: list[Member]) -> str:
+    """What the first run was trained on, in words."""
+    data = finished[0].config.data
+    shares = zip(data.sources, data.source_weights, strict=True)
+    text = " and ".join(f"{source} ({weight:g})" for source, weight in shares)
+    text += ", permissive rows alone" if data.permissive_only else ""
+    held = f"a seed holds out one of {data.folds} folds" if data.folds else "no folds"
+    return f"{text}, {data.synthetic_talkers} synthetic talkers where there are any; {held}"
 
 
-def _budget(finished: list[Member]) -> dict[str, Any]:
-    """What the runs took together."""
+def _budget(finished: list[Member]) -> str:
+    """What the runs took, in words."""
     first = finished[0].config.train
     pairs = sum(x.config.train.steps * x.config.train.batch_size for x in finished)
-    return {
-        "steps": first.steps,
-        "batch_size": first.batch_size,
-        "runs": len(finished),
-        "pairs_of_all_runs": pairs,
-    }
+    return (
+        f"{first.steps:,} steps of {first.batch_size} pairs a run where nothing else is said; "
+        f"{len(finished)} runs, {pairs:,} pairs in all"
+    )
 
 
 # --- the command ---------------------------------------------------------------------------------
