@@ -239,7 +239,7 @@ def main() -> None:
     if not (scoring or options.merge or options.compare or options.export or options.check):
         raise ValueError("nothing to do: give --predictor, --program, --export or --check (--help)")
     if (scoring or options.merge or options.compare) and not options.output:
-        raise ValueError("--output missing: give the leaderboard's folder")
+        raise ValueError("--output missing: give --output=.., the folder of the leaderboard")
     if len(options.compare) not in (0, 2):
         raise ValueError(f"--compare={','.join(options.compare)}: name two methods")
     if options.merge or options.compare:
@@ -274,8 +274,13 @@ def choose(found: list[Source], words: list[str], count: int) -> list[tuple[Sour
     """
     known = [(source, task) for source in found for task in tasks.of_manifest(source.manifest)]
     names = [task.name for _, task in known]
+
+    def meant(word: str) -> list[str]:
+        """A task by its name; else those whose names begin so."""
+        return [word] if word in names else [x for x in names if x.startswith(f"{word}-")]
+
     for word in words:
-        if not any(f"{name}-".startswith(f"{word}-") for name in names):
+        if not meant(word):
             near = difflib.get_close_matches(word, names, n=3, cutoff=0.0)
             needs = "" if len(found) > 1 else " (--data=FOLDER brings speech and music)"
             raise TasksError(f"--tasks: none is {word!r}: the nearest are {', '.join(near)}{needs}")
@@ -283,11 +288,8 @@ def choose(found: list[Source], words: list[str], count: int) -> list[tuple[Sour
         stored = len(source.manifest.hashes[task.name])
         if stored < count:
             raise TasksError(f"--pairs={count}: the manifest has {stored} of {task.name}")
-    return [
-        (source, task)
-        for source, task in known
-        if not words or any(f"{task.name}-".startswith(f"{word}-") for word in words)
-    ]
+    wanted = {name for word in words for name in meant(word)} if words else set(names)
+    return [(source, task) for source, task in known if task.name in wanted]
 
 
 def who(options: Any) -> tuple[list[Listener], list[str]]:

@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from eqst import card, corpus, evaluate, examples, findings, insights, page, scenarios
+from eqst import (
+    card,
+    claims,
+    corpus,
+    evaluate,
+    examples,
+    findings,
+    insights,
+    latentstats,
+    page,
+    scenarios,
+)
 from eqst.config import Data, as_dict
 from eqst.markup import Html, details, missing, section, table, tag
 from eqst.material import VARIANTS, Member, Request
@@ -151,37 +162,62 @@ def _distances(sets: list[scenarios.Set]) -> Html:
     return table("Mean distance to the reference in dB", head, rows)
 
 
-def latents_and_claims(
-    runs: list[Member], made: examples.Test, held_out: corpus.Corpus, say: examples.Say
-) -> tuple[Html, Html]:
+def latent_business(runs: list[Member], made: examples.Test, say: examples.Say) -> Html:
+    """Extracted and fed latents of the paper's models among the runs."""
     by_variant = {member.variant: member for member in runs}
-    names = [name for name, _ in VARIANTS.values() if name in by_variant]
-    if not names:
-        sentence = missing(
+    there = [(name, title) for name, title in VARIANTS.values() if name in by_variant]
+    if not there:
+        return missing(
             "None of the runs is one of the paper's three models: give one by --workdir."
         )
-        return sentence, insights.claims(None)
     points = examples.best_and_worst(made)
     views = []
-    for name, title in VARIANTS.values():
-        if name in by_variant:
-            member = by_variant[name]
-            train = corpus.open_corpus(member.run.config.data, "train", say)
-            views.append(insights.view(title, member.run, made, points, train))
-            say(f"latents of {member.name}")
+    for name, title in there:
+        member = by_variant[name]
+        train = corpus.open_corpus(member.run.config.data, "train", say)
+        views.append(insights.view(title, member.run, made, points, train))
+        say(f"latents of {member.name}")
     lost = [name for name, _ in VARIANTS.values() if name not in by_variant]
     told = (
         "Four test points from the pairs above, chosen by rule: input and reference at "
         f"{examples.LEAST_LUFS:g} LUFS or louder, the two of least and the two of largest shape "
         "error of the model shown. Extracted is what the encoder gives for each recording, fed is "
-        "what the predictor gets of both. A coefficient counts as nullified under "
-        f"{insights.NULL_SHARE:g} of its own standard deviation over {insights.SPREAD_PAIRS} "
-        "train pairs."
+        "what the predictor gets of both. A coefficient counts as nullified at "
+        f"{latentstats.NULLIFIED:g} of its own standard deviation or less, that over "
+        f"{insights.SPREAD_PAIRS} train pairs."
     )
     parts = [tag("p", told), insights.business(views, made, points)]
     if lost:
         parts.append(missing(f"No run of {', '.join(lost)} was given: add it by --workdir."))
-    return tag("div", parts), insights.claims(None)
+    return tag("div", parts)
+
+
+def take_home(
+    runs: list[Member], held_out: corpus.Corpus, request: Request, say: examples.Say
+) -> Html:
+    """The five claims of the seed, measured on all held-out pairs and judged."""
+    by_variant = {member.variant: member.run for member in runs}
+    wanted = [name for name, _ in VARIANTS.values()]
+    if not set(wanted) <= set(by_variant):
+        return insights.judged(None)
+    shown = runs[0].run.config
+    tuning = corpus.open_corpus(shown.data, "train", say)
+    stats = claims.measure(
+        {name: by_variant[name] for name in wanted},
+        held_out,
+        tuning,
+        pairs=request.pairs,
+        seconds=shown.data.segment_seconds[0],
+        protocol="plain",
+        seed=shown.evaluation.seed,
+        say=say,
+    )
+    told = (
+        f"Each claim of the paper's page, turned into statistics over {stats['pairs']} pairs of "
+        f"{stats['talkers']} held-out talkers, one run for each model, and judged by rules fixed "
+        "beforehand (eqst.verdict). Brackets are 95 % intervals over talkers and pairs."
+    )
+    return tag("div", tag("p", told), insights.judged(claims.verdicts(stats)))
 
 
 def provenance(request: Request, runs: list[Member], data: Data) -> Html:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -150,6 +151,9 @@ def program(name: str, command: str, timeout_s: float) -> Listener:
             f"--program={command}: say where the answer goes, as {{output}}.json (settings) or "
             "{output}.wav (the input, equalised)"
         )
+
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"--program: {words[0]!r} is no program here: check its path")
 
     def answer(pair: Pair, task: Task) -> Answer:
         with tempfile.TemporaryDirectory(prefix="eqst-") as folder:

@@ -287,11 +287,11 @@ def _recording(one: Take) -> analysis.Recording:
 def distance_db(heard: Take, reference: Take) -> float:
     """LTAS distance of a take to another in dB: 64 bands, level removed."""
     rate = heard.clip.sample_rate
-    floats = [
+    one_T, other_T = (
         audio.resample(x.clip.samples_T / FULL_SCALE, x.clip.sample_rate, rate)
         for x in (heard, reference)
-    ]
-    return metrics.ltas_distance_db(*floats, rate, kind="bands64")
+    )
+    return metrics.ltas_distance_db(one_T, other_T, rate, kind="bands64")
 
 
 def numbered(rows: list[Example]) -> list[Example]:

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eqst import batches, corpus, drawing, latents, trials
+from eqst import claims, corpus, drawing, latents, latentstats, trials
 from eqst.examples import Test
 from eqst.markup import Html, anchor, details, missing, signed, table, tag
 
-NULL_SHARE = 1e-3  # of a latent's standard deviation on train: under it a coefficient is nullified
 SPREAD_PAIRS = 64  # train pairs for that deviation
 FULL_COLOUR = 99.5  # percentile of magnitudes
 KINDS = ("extracted, input", "extracted, reference", "fed")
@@ -37,21 +36,20 @@ def view(
     """Latents of a model at test points, and how far they spread on train pairs (`plain`)."""
     where = np.array(points)
     found = latents.extract_batch(run, made.input_nT[where], made.reference_nT[where])
-    chunks = []
-    for _, sounds in batches.rendered_chunks(
-        run.config,
+    heard = claims.hear(
+        run,
         train,
         seconds=made.seconds,
         protocol="plain",
         count=SPREAD_PAIRS,
         seed=run.config.evaluation.seed + 1,
-    ):
-        chunks.append(latents.extract_batch(run, sounds[0], sounds[1]))
-    extracted_nL = np.concatenate([np.concatenate(x[:2]) for x in chunks])
-    fed_nL = np.concatenate([x.fed_L for x in chunks])
+    ).latents
+    extracted_nL = np.concatenate(heard[:2])
+    extracted, fed = (
+        latents.as_image(run, latentstats.spread(x).std_L) for x in (extracted_nL, heard.fed_L)
+    )
     images = [latents.as_image(run, x) for x in found]
-    both = latents.as_image(run, extracted_nL.std(axis=0))
-    spread = (both, both, latents.as_image(run, fed_nL.std(axis=0)))
+    spread = (extracted, extracted, fed)
     return View(title, list(zip(*images, strict=True)), spread)
 
 
@@ -115,7 +113,7 @@ def _model(one: View) -> Html:
 
 
 def _facts(latent_CM: np.ndarray, spread_CM: np.ndarray) -> dict[str, str]:
-    nullified = float(np.mean(np.abs(latent_CM) < NULL_SHARE * spread_CM))
+    (nullified,) = latentstats.nullified(latent_CM.reshape(1, -1), spread_CM.ravel())
     return {
         "norm": f"{np.linalg.norm(latent_CM):.3g}",
         "nullified": f"{100 * nullified:.1f} %",
@@ -125,7 +123,7 @@ def _facts(latent_CM: np.ndarray, spread_CM: np.ndarray) -> dict[str, str]:
     }
 
 
-def claims(verdicts: Sequence[Mapping[str, Any]] | None) -> Html:
+def judged(verdicts: Sequence[Mapping[str, Any]] | None) -> Html:
     """The page's take-home claims, each with what was measured and a verdict."""
     if not verdicts:
         return missing(

@@ -26,6 +26,7 @@ from eqst import (
     page,
     scenarios,
     site,
+    triples,
 )
 from eqst.config import Data
 from eqst.markup import Html
@@ -54,10 +55,12 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
         folder = getattr(request, name)
         if folder and not pathlib.Path(folder).is_dir():
             raise ValueError(f"--{name}={folder} is not a folder: check the path")
+    chosen_music = scenarios.excerpts(pathlib.Path(request.music)) if request.music else []
+    found = triples.find(pathlib.Path(request.triples)) if request.triples else []
     runs = material.members(request.workdirs)
     shown = runs[0]
     say(f"runs: {', '.join(member.name for member in runs)}; examples of {shown.name}")
-    data, split = evaluate.select(shown.run, request.data, request.manifest, "dev")
+    data, split = evaluate.select(shown.run.config, request.data, request.manifest, "dev")
     held_out = corpus.open_corpus(data, split, say)
     spec = shown.run.config
     seconds = spec.data.segment_seconds[0]
@@ -68,15 +71,14 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
     chosen = examples.even_ranks(made.shape_db_n, EXAMPLES)
     matcher = match.Matcher.load(shown.folder)
     speech = examples.of_test(made, chosen)
-    music = scenarios.music(pathlib.Path(request.music), matcher, say) if request.music else []
+    music = scenarios.music(chosen_music, matcher, say)
     voices: dict[str, list[examples.Example]] = {}
     if _real(data):
         for kind in ("sibilance", "bass"):
             voices[kind] = scenarios.scenario(kind, held_out, matcher, say)
-    triples: list[scenarios.Set] = []
-    if request.triples:
-        triples = scenarios.of_triples(pathlib.Path(request.triples), matcher, say)
-    latents, claims = chapters.latents_and_claims(runs, made, held_out, say)
+    sets = scenarios.of_triples(found, matcher, say)
+    latents = chapters.latent_business(runs, made, say)
+    claims = chapters.take_home(runs, held_out, request, say)
     results = findings.read_results(pathlib.Path(request.results)) if request.results else {}
     metrics = {member.name: card.metrics_of(member.folder) for member in runs}
     how = chapters.rule(made, shown, split, data)
@@ -85,27 +87,28 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
         ("examples", "Audio examples", chapters.audio(speech, music, seconds)),
         ("latents", "Latent business", latents),
         ("claims", "Take-home claims, measured", claims),
-        ("scenarios", "Application scenarios", chapters.applications(voices, triples)),
-        ("ablation", "Ablation", findings.ablation(_named(results, "ablation"))),
+        ("scenarios", "Application scenarios", chapters.applications(voices, sets)),
+        ("ablation", "Ablation", findings.ablation(_named(results, "ablation", "sweep"))),
         (
             "benchmark",
             "Open benchmark",
-            findings.leaderboard(_named(results, "benchmark_leaderboard")),
+            findings.leaderboard(_named(results, "benchmark_leaderboard", "leaderboard")),
         ),
         ("seconds", "Error against seconds", findings.error_against_seconds(results)),
         ("training", "Training curves", findings.training(metrics)),
         ("made", "How this page was made", chapters.provenance(request, runs, data)),
     ]
     every = [*speech, *music]
-    every += [x for rows in (*voices.values(), *(one.examples for one in triples)) for x in rows]
+    every += [x for rows in (*voices.values(), *(one.examples for one in sets)) for x in rows]
     text = page.document(
         lede=chapters.lede(), facts=chapters.head(shown, made, data), parts=parts, examples=every
     )
     return text, every
 
 
-def _named(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
-    found = [key for key in results if key.split("/")[-1] == name]
+def _named(results: dict[str, dict[str, Any]], *names: str) -> dict[str, Any] | None:
+    """The first of the files of that name, in whatever folder."""
+    found = [key for key in results if key.split("/")[-1] in names]
     return results[found[0]] if found else None
 
 

@@ -36,51 +36,60 @@ class Voice(NamedTuple):
 # ------------------------------------------------------------------------------ music
 
 
-def music(folder: pathlib.Path, matcher: match.Matcher, say: Say) -> list[Example]:
-    """Ten examples of five pieces: neighbouring excerpts of various lengths, each both ways round.
+class Excerpt(NamedTuple):
+    """Two stretches of one file, of these lengths, the second right after the first."""
 
-    Files are taken in even steps of their names' order, of those long enough.
+    path: pathlib.Path
+    seconds: tuple[float, float]
+
+
+def excerpts(folder: pathlib.Path) -> list[Excerpt]:
+    """A file for each of MUSIC_SECONDS, in even steps of their names' order, of those long enough.
 
     Raises:
-      ValueError: the folder is none, or no audio in it is long enough for any of the excerpts.
+      ValueError: no audio in the folder is long enough for any of them; a file cannot be read.
     """
-    if not folder.is_dir():
-        raise ValueError(f"--music={folder} is not a folder: give one of audio files")
-    files = [
-        path
+    left = {
+        path: audio.info(path).seconds
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in corpus.EXTENSIONS and path.is_file()
-    ]
-    seconds = {path: audio.info(path).seconds for path in files}
-    rows: list[Example] = []
-    left = list(files)
-    for number, lengths in enumerate(MUSIC_SECONDS):
-        fit = [path for path in left if seconds[path] >= sum(lengths)]
-        if not fit:
-            continue
-        path = fit[int(len(fit) * (number + 0.5) / len(MUSIC_SECONDS))]
-        left.remove(path)
-        rows += _both_ways(f"music-{number + 1}", *_neighbours(path, lengths, number), matcher)
-        say(f"music: {len(rows)} of {2 * len(MUSIC_SECONDS)}")
-    if not rows:
+    }
+    found: dict[int, Excerpt] = {}
+    # The longest first, so that no long file goes to a short excerpt that another would do for.
+    for number in sorted(range(len(MUSIC_SECONDS)), key=lambda n: -sum(MUSIC_SECONDS[n])):
+        lengths = MUSIC_SECONDS[number]
+        fit = [path for path, seconds in left.items() if seconds >= sum(lengths)]
+        if fit:
+            path = fit[int(len(fit) * (number + 0.5) / len(MUSIC_SECONDS))]
+            del left[path]
+            found[number] = Excerpt(path, lengths)
+    if not found:
         raise ValueError(
             f"--music={folder} has no audio file of {sum(MUSIC_SECONDS[0]):g} s or more: give "
             "longer ones"
         )
+    return [found[number] for number in sorted(found)]
+
+
+def music(chosen: list[Excerpt], matcher: match.Matcher, say: Say) -> list[Example]:
+    """Two examples of each excerpt: its parts as input and reference, and the other way round."""
+    rows: list[Example] = []
+    for number, excerpt in enumerate(chosen, start=1):
+        name = f"music-{number}"
+        rows += _both_ways(name, *_neighbours(name, excerpt), matcher)
+        say(f"music: {len(rows)} of {2 * len(chosen)}")
     return numbered(rows)
 
 
-def _neighbours(
-    path: pathlib.Path, lengths: tuple[float, float], number: int
-) -> tuple[Take, Take, str]:
-    """Two excerpts, the second beginning where the first ends, from the middle of the piece."""
+def _neighbours(name: str, excerpt: Excerpt) -> tuple[Take, Take, str]:
+    """Both parts, from the middle of the piece, and what they are."""
+    path, lengths = excerpt
     info = audio.info(path)
     rate = info.sample_rate
     counts = [round(x * rate) for x in lengths]
-    start = (info.frames - sum(counts)) // 2
-    sound = audio.read(path, start=start, frames=sum(counts))
+    frames = min(sum(counts), info.frames)
+    sound = audio.read(path, start=(info.frames - frames) // 2, frames=frames)
     samples_T = audio.to_mono(sound.samples_TC)
-    name = f"music-{number + 1}"
     first = take("Input", f"{name}-a", samples_T[: counts[0]], rate)
     second = take("Reference", f"{name}-b", samples_T[counts[0] :], rate)
     about = f"{path.parent.name}/{path.stem}, {lengths[0]:g} s and the {lengths[1]:g} s after them"
@@ -198,15 +207,14 @@ class Set(NamedTuple):
     distance_db: dict[str, float]
 
 
-def of_triples(folder: pathlib.Path, matcher: match.Matcher, say: Say) -> list[Set]:
+def of_triples(found: list[triples.Triple], matcher: match.Matcher, say: Say) -> list[Set]:
     """The paper's triples by set: its processed audio beside ours, some seconds of each.
 
     Predictions and distances are made of the whole files, as `eqst.triples` does.
 
     Raises:
-      ValueError: as `triples.find`; AudioError where a file cannot be used.
+      AudioError: a file cannot be used.
     """
-    found = triples.find(folder)
     sets: dict[str, list[tuple[Example, dict[str, float]]]] = {}
     for done, triple in enumerate(found, start=1):
         distances = triples.judge(triple, matcher)["bands64"]

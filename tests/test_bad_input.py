@@ -25,6 +25,7 @@ from absl import flags
 from eqst import (
     accuracy,
     audio,
+    benchmark,
     checkpoint,
     command,
     config,
@@ -47,6 +48,7 @@ ENTRIES = {
     "eqst.evaluate": (evaluate.define_flags, evaluate.main),
     "eqst.triples": (triples.define_flags, triples.main),
     "eqst.accuracy": (accuracy._define_flags, accuracy._body),
+    "eqst.benchmark": (benchmark.define_flags, benchmark.main),
     "eqst.speed": (speed._define_flags, speed.main),
 }
 # ml_collections 1.1 loads files by a call that Python 3.15 will drop; theirs to change.
@@ -748,6 +750,32 @@ OWN = {
         ({"seed": -1}, None, "--seed=-1: give a non-negative integer"),
         ({"section": "beauty"}, None, "--section=beauty: value should be one of <float32_resp"),
     ],
+    "eqst.benchmark": [
+        ({"predictor": None}, None, "nothing to do: give --predictor, --program"),
+        ({"predictor": ""}, None, "--predictor is empty: give it a value"),
+        ({"predictor": "magic"}, None, "--predictor=magic is neither a run.s folder nor one of"),
+        ({"predictor": "."}, None, "no checkpoint|not a run|holds no run|config.json"),
+        ({"program": "true {input}"}, None, "say where the answer goes, as {output}.json"),
+        ({"program": "true {output}.json {output}.wav"}, None, "say where the answer goes, as"),
+        ({"program": "true {inputs} {output}.json"}, None, "{inputs} is no part of it: there are"),
+        ({"program": "'true"}, None, "--program='true: No closing quotation"),
+        ({"program": "no/such/tool {output}.wav"}, None, "'no/such/tool' is no program here"),
+        ({"program": "true {output}.wav", "name": "ridge"}, None, "would be called 'ridge'"),
+        ({"timeout": 0}, None, "--timeout=0: give number >= 0.01"),
+        ({"tasks": "speech"}, None, "none is 'speech': .* .--data=FOLDER brings speech and music."),
+        ({"tasks": "synthetic-4s"}, None, "none is 'synthetic-4s': the nearest are synthetic-"),
+        ({"pairs": 1}, None, r"--pairs=1: give an integer in the range \[2, 200\]"),
+        ({"data": "nowhere"}, None, "No such file.*: --data names the folder that holds spee"),
+        ({"manifest": "m.json"}, None, "'m.json' cannot be read .No such file.*: check the path"),
+        ({"manifest": "m.json"}, lambda folder: (folder / "m.json").touch(), "is no manifest .*"),
+        ({"merge": "b.json"}, None, "'b.json' cannot be read .No such file.*: check the path"),
+        ({"merge": "b.json"}, lambda folder: (folder / "b.json").write_text("{}"), "no leaderboar"),
+        ({"compare": "a"}, None, "--compare=a: name two methods"),
+        ({"compare": "a,b"}, None, "no method 'a' in the leaderboard .there: none."),
+        ({}, lambda folder: _results(folder, "leaderboard.json"), "is no leaderboard .*: move it"),
+        ({"new_manifest": "m.json"}, None, "--new_manifest needs --list=CSV and --data=FOLDER"),
+        ({"new_manifest": "m.json", "list": "l.csv", "data": "."}, None, "'l.csv': No such file"),
+    ],
     "eqst.speed": [
         ({}, lambda folder: _results(folder, "speed.json"), "speed.json' exists already: "),
         ({}, lambda folder: _results(folder, "speed.png"), "speed.png' exists already: "),
@@ -769,6 +797,7 @@ def test_commands_that_write_folders(entry, changes, make, expected, refused, ru
         "eqst.evaluate": {"workdir": "good", "output": "out"},
         "eqst.triples": {"data": ".", "output": "out"},
         "eqst.accuracy": {"output": "out"},
+        "eqst.benchmark": {"output": "out", "predictor": "do_nothing"},
         "eqst.speed": {"output": "out"},
     }[entry] | changes
     if options.get("workdir"):
@@ -804,6 +833,7 @@ def test_each_command_as_a_process(entry, runs, repo, tmp_path):
         "eqst.evaluate": {"workdir": runs / "foreign", "output": "out"},
         "eqst.triples": {"data": "nowhere", "output": "out"},
         "eqst.accuracy": {"output": "out", "bands": "none"},
+        "eqst.benchmark": {"output": "out", "pairs": "none"},
         "eqst.speed": {"output": "out", "rounds": "none"},
     }[entry]  # fmt: skip
     path = {"PYTHONPATH": os.pathsep.join([str(repo), os.environ.get("PYTHONPATH", "")])}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.signal
+import scipy.stats
 import soundfile
 
 from eqst import metrics
@@ -241,3 +242,44 @@ def test_summary_drops_what_means_nothing():
     assert np.isnan(metrics.summarise(np.array([np.nan]), np.array([0]), 0).mean)
     with pytest.raises(ValueError, match="must both be"):
         metrics.summarise(np.zeros(3), np.zeros(2), 0)
+
+
+# ---- two methods on the same pairs
+
+
+def test_paired_difference_has_the_interval_of_theory():
+    """One pair of each talker: the bootstrap is that of independent values."""
+    rng = np.random.default_rng(0)
+    common_n, own_n = 3 * rng.normal(size=400), rng.normal(0.1, 0.5, size=400)
+    found = metrics.paired_difference(common_n + own_n, common_n, np.arange(400), seed=1)
+    half = 1.96 * own_n.std() / np.sqrt(400)
+    assert found.mean == pytest.approx(own_n.mean()) and found.pairs == 400
+    assert found.low == pytest.approx(own_n.mean() - half, abs=0.15 * half)
+    assert found.high == pytest.approx(own_n.mean() + half, abs=0.15 * half)
+    z = own_n.mean() / (own_n.std() / np.sqrt(400))
+    assert found.p == pytest.approx(2 * scipy.stats.norm.sf(abs(z)), abs=0.003)
+    turned = metrics.paired_difference(common_n, common_n + own_n, np.arange(400), seed=1)
+    assert (turned.mean, turned.low, turned.high) == (-found.mean, -found.high, -found.low)
+
+
+def test_paired_difference_counts_talkers_not_pairs():
+    """Forty pairs of a talker that all say the same are one piece of evidence."""
+    talker_n = np.repeat(np.arange(5), 40)
+    offset_n = np.array([0.5, 0.3, -0.2, 0.4, 0.1])[talker_n]
+    found = metrics.paired_difference(offset_n, np.zeros(200), talker_n, seed=0)
+    alone = metrics.paired_difference(offset_n, np.zeros(200), np.arange(200), seed=0)
+    assert found.high - found.low > 4 * (alone.high - alone.low)
+    assert alone.p < 0.01 < found.p
+
+
+def test_paired_difference_of_little():
+    nothing = metrics.paired_difference(np.ones(9), np.ones(9), np.arange(9), seed=0)
+    assert nothing[:4] == (0, 0, 0, 1)
+    clear = metrics.paired_difference(np.ones(9), np.zeros(9), np.arange(9), seed=0, resamples=100)
+    assert clear.p == 2 / 100
+    gaps = np.array([1.0, np.nan, 3.0]), np.array([0.0, 1.0, np.nan])
+    assert metrics.paired_difference(*gaps, np.arange(3), seed=0)[:3] == (1, 1, 1)
+    empty = metrics.paired_difference([np.nan], [1.0], [0], seed=0)
+    assert empty.pairs == 0 and np.isnan(empty.mean)
+    with pytest.raises(ValueError, match="want"):
+        metrics.paired_difference(np.ones(3), np.ones(2), np.arange(3), seed=0)

@@ -104,7 +104,7 @@ def whole_page() -> tuple[str, list[examples.Example]]:
         ("responses", "Frequency responses", findings.responses(made, range(8))),
         ("examples", "Audio examples", tag("div", page.HINT, page.listening("Tones", every))),
         ("latents", "Latent business", insights.business([view], made, [0, 1, 2, 3])),
-        ("claims", "Claims", insights.claims([verdict])),
+        ("claims", "Claims", insights.judged([verdict])),
         ("ablation", "Ablation", findings.ablation(ablation())),
         ("benchmark", "Benchmark", findings.leaderboard(board())),
         (
