@@ -88,6 +88,10 @@ def test_level_does_not_matter(learned, pair):
 
 def test_attribution_is_what_moving_or_masking_a_band_does(learned, pair):
     """Against finite differences of one band, and a prediction from features with one masked."""
+    # An untrained head hardly answers to anything; this one does, so that rounding is small.
+    params = jax.tree.map(np.array, learned.params)
+    params["predictor"]["head"]["kernel"] *= 300.0
+    learned = learned._replace(params=params)
     found = latents.attribution(learned, *pair)
     heard = [np.array(observe.listen(learned.config, samples_T)) for samples_T in pair]
 
@@ -100,14 +104,14 @@ def test_attribution_is_what_moving_or_masking_a_band_does(learned, pair):
         return np.asarray(eq.remove_level(eq.response_db(exact, grid_hz, sample_rate=RATE)))
 
     for side, slope_FM in enumerate((found.slope_input_FM, found.slope_reference_FM)):
-        band = 5 + side
+        band = 5 + side  # in steps that no leaky ReLU turns within
         moved = [[x.copy() for x in heard] for _ in range(2)]
-        moved[0][side][:, band] += 0.5
-        moved[1][side][:, band] -= 0.5
-        expected_F = curve(*moved[0]) - curve(*moved[1])
-        assert np.abs(expected_F).max() > 1e-3
+        moved[0][side][:, band] += 0.01
+        moved[1][side][:, band] -= 0.01
+        expected_F = (curve(*moved[0]) - curve(*moved[1])) / 0.02
+        assert np.abs(expected_F).max() > 0.01
         error = np.abs(slope_FM[:, band] - expected_F).max()
-        assert error < 0.05 * np.abs(expected_F).max() + 1e-4
+        assert error < 0.02 * np.abs(expected_F).max()
     away = np.mean(heard[1][:, 3]) + 20.0  # the train mean is -20
     np.testing.assert_allclose(
         found.gradient_reference_FM[:, 3], away * found.slope_reference_FM[:, 3], rtol=1e-4
