@@ -160,7 +160,11 @@ def program(name: str, command: str, timeout_s: float) -> Listener:
             paths = {key: f"{folder}/{key}.wav" for key in ("input", "reference")}
             soundfile.write(paths["input"], pair.input_T, SAMPLE_RATE, "PCM_16")
             soundfile.write(paths["reference"], pair.reference_T, SAMPLE_RATE, "PCM_16")
-            paths |= {"output": f"{folder}/output", "task": task.name, "index": f"{pair.index:03d}"}
+            paths |= {
+                "output": f"{folder}/output",
+                "task": task.name,
+                "index": f"{pair.number:03d}",
+            }
             filled = [re.sub(r"{(\w+)}", lambda found: paths[found[1]], word) for word in words]
             _call(filled, timeout_s)
             return _read(pathlib.Path(f"{folder}/output.{min(endings)}"), pair)

@@ -325,7 +325,7 @@ def listener(answer) -> contestants.Listener:
 
 def test_missing_answers_count_as_flat_and_are_told():
     def sometimes(pair, task):
-        if pair.index % 2:
+        if pair.number % 2:
             raise contestants.AnswerError("not today")
         params = eq.from_unit(tasks.TABLE, pair.unit_KP.astype(float))
         return contestants.Answer(params, None)
