@@ -48,7 +48,7 @@ from eqst.tasks import MIN_LUFS, SAMPLE_RATE, TABLE, TUNING_SEED, Pair, Task
 ORACLES = ("oracle", "oracle_grid")
 UNTUNED = ("do_nothing", *ORACLES)
 BASELINES = (*baselines.METHODS, *ORACLES)
-TUNING_PAIRS = 600
+TUNING_PAIRS = 1000
 # What the samples of a file were rounded to.
 STEPS = {"PCM_S8": 2.0**-7, "PCM_U8": 2.0**-7, "PCM_16": 2.0**-15, "PCM_24": 2.0**-23}
 
