@@ -124,13 +124,13 @@ def ask(task: Task, made: Iterable[Pair], listeners: list[Listener], *, hear: bo
         for one in listeners:
             answer = None
             try:
-                if one.kind == "model" and pair.index == 0:
+                if one.kind == "model" and pair.number == 0:
                     one.answer(pair, task)  # compiles
                 began = time.perf_counter()
                 answer = one.answer(pair, task)
             except AnswerError as error:
-                failures[one.name].append(f"pair {pair.index}: {error}")
-                if len(failures[one.name]) == pair.index + 1 == GIVE_UP_AFTER:
+                failures[one.name].append(f"pair {pair.number}: {error}")
+                if len(failures[one.name]) == pair.number + 1 == GIVE_UP_AFTER:
                     raise TasksError(
                         f"{one.name} answered none of the first {GIVE_UP_AFTER} pairs of "
                         f"{task.name}; {failures[one.name][0]}"
@@ -194,9 +194,9 @@ def score_task(
     for name in names:
         heard = asked.input, asked.reference
         if not name.startswith("bayes"):  # compiled beforehand; of Bayes it is no cost to speak of
-            one_pair = (Evidence(*(x[:1] for x in side)) for side in heard)
+            first_in, first_ref = (Evidence(*(x[:1] for x in side)) for side in heard)
             first = eq.EqParams(*(x[:1] for x in true))
-            contestants.ask_baseline(name, fitted, *one_pair, first)
+            contestants.ask_baseline(name, fitted, first_in, first_ref, first)
         began = time.perf_counter()
         answer = contestants.ask_baseline(name, fitted, *heard, true)
         cost = time.perf_counter() - began + (asked.listening if name not in UNTUNED else 0.0)
@@ -294,7 +294,8 @@ def choose(found: list[Source], words: list[str], count: int) -> list[tuple[Sour
 
 def who(options: Any) -> tuple[list[Listener], list[str]]:
     """Models and programs, and the names of baselines, that the options ask for."""
-    listeners, names = [], []
+    listeners: list[Listener] = []
+    names: list[str] = []
     for word in options.predictor:
         if word == "packaged":
             listeners.append(contestants.packaged())
@@ -327,7 +328,7 @@ def _score(
     say: Say,
 ) -> None:
     about = {"command": command.line("eqst.benchmark"), "commit": card.commit()}
-    about["machine"] = machine()
+    about["machine"] = f"{machine()}, load {os.getloadavg()[0]:.1f} before"
     facts: dict[str, dict[str, Any]] = {one.name: one.facts for one in listeners}
     tuned = {"tuning_pairs": contestants.TUNING_PAIRS}
     facts |= {name: {} if name in UNTUNED else tuned for name in names}

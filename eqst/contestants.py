@@ -48,7 +48,7 @@ from eqst.tasks import MIN_LUFS, SAMPLE_RATE, TABLE, TUNING_SEED, Pair, Task
 ORACLES = ("oracle", "oracle_grid")
 UNTUNED = ("do_nothing", *ORACLES)
 BASELINES = (*baselines.METHODS, *ORACLES)
-TUNING_PAIRS = 600
+TUNING_PAIRS = 1000
 # What the samples of a file were rounded to.
 STEPS = {"PCM_S8": 2.0**-7, "PCM_U8": 2.0**-7, "PCM_16": 2.0**-15, "PCM_24": 2.0**-23}
 
@@ -160,7 +160,11 @@ def program(name: str, command: str, timeout_s: float) -> Listener:
             paths = {key: f"{folder}/{key}.wav" for key in ("input", "reference")}
             soundfile.write(paths["input"], pair.input_T, SAMPLE_RATE, "PCM_16")
             soundfile.write(paths["reference"], pair.reference_T, SAMPLE_RATE, "PCM_16")
-            paths |= {"output": f"{folder}/output", "task": task.name, "index": f"{pair.index:03d}"}
+            paths |= {
+                "output": f"{folder}/output",
+                "task": task.name,
+                "index": f"{pair.number:03d}",
+            }
             filled = [re.sub(r"{(\w+)}", lambda found: paths[found[1]], word) for word in words]
             _call(filled, timeout_s)
             return _read(pathlib.Path(f"{folder}/output.{min(endings)}"), pair)

@@ -1,8 +1,8 @@
 """The exact filter in float64 numpy, and its rounding to 16 bits: the same samples on any machine.
 
 A float32 FFT differs in its last bits from one processor, library version and number of threads to
-the next. In float64 these differences are some 1e-11 of a 16-bit step, so that after rounding to
-int16 nearly no sample in 1e10 is left to chance. This is the twin of `pairs.filter_circular`,
+the next. In float64 these differences are some 1e-10 of a 16-bit step, so that after rounding to
+int16 hardly one sample in a billion is left to chance. This is the twin of `pairs.filter_circular`,
 which renders for training and evaluation ten times as fast.
 """
 

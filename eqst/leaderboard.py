@@ -299,7 +299,7 @@ def export(folder: pathlib.Path, task: Task, made: Iterable[Pair]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for pair in made:
-        names = {key: f"{pair.index:03d}_{key}.wav" for key in ("input", "reference")}
+        names = {key: f"{pair.number:03d}_{key}.wav" for key in ("input", "reference")}
         for key, samples_T in (("input", pair.input_T), ("reference", pair.reference_T)):
             soundfile.write(folder / names[key], samples_T, SAMPLE_RATE, "PCM_16")
         params = eq.from_unit(TABLE, pair.unit_KP.astype(np.float64))

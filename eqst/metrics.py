@@ -330,12 +330,12 @@ def paired_difference(
     difference_n = (a_n - b_n)[kept_n]
     means_R = resampled_means(difference_n, talker_n[kept_n], seed, resamples)
     low, high = np.percentile(means_R, [2.5, 97.5])
-    beyond = min(np.mean(means_R <= 0), np.mean(means_R >= 0))
+    beyond = float(np.minimum(np.mean(means_R <= 0), np.mean(means_R >= 0)))
     return Difference(
         mean=float(difference_n.mean()),
         low=float(low),
         high=float(high),
-        p=float(min(1.0, 2.0 * max(beyond, 1.0 / resamples))),
+        p=min(1.0, 2.0 * max(beyond, 1.0 / resamples)),
         pairs=int(kept_n.sum()),
     )
 

@@ -204,7 +204,9 @@ def _drift(rng: Rng, count: int, frames: int) -> np.ndarray:
 
 
 @cache
-def _to_bins(sample_rate: int, size: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+def _to_bins(
+    sample_rate: int, size: int, dtype: type[np.floating]
+) -> tuple[np.ndarray, np.ndarray]:
     """Matrices [G, F] from dB on the grid to dB on FFT bins, and to minimum phase in radians.
 
     Minimum phase is linear in the level (Hilbert transform, here by the folded real cepstrum).
@@ -307,7 +309,7 @@ def _floor(
 
 
 def _speak(
-    who: Talker, rng: Rng, samples: int, sample_rate: int, dtype: type = np.float32
+    who: Talker, rng: Rng, samples: int, sample_rate: int, dtype: type[np.floating] = np.float32
 ) -> np.ndarray:
     """Dry speech and the noise of the place [T]; a vowel has a mean power of about 1."""
     hop = round(HOP_S * sample_rate)

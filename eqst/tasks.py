@@ -128,7 +128,7 @@ class Manifest(NamedTuple):
 class Pair(NamedTuple):
     """One pair: int16 [T] each, and the true settings at `unit_KP` of the table's unit cube."""
 
-    index: int
+    number: int
     talker: str
     reference_talker: str
     unit_KP: np.ndarray
@@ -315,11 +315,11 @@ def make_pairs(
       pairs.PairsError: the recordings are too short, too quiet or too few for it.
     """
     index, _ = pairs.build_index(recordings, task.seconds, MIN_LUFS)
-    numbers = np.arange(count, dtype=np.int32)
-    plans = _draw(numbers, index, protocol=task.protocol, different=task.different)
+    k_n = np.arange(count, dtype=np.int32)
+    drawn = _draw(k_n, index, protocol=task.protocol, different=task.different)
     if not task.equalised:
-        plans = plans._replace(label_KP=pairs.without_gain(plans.label_KP))
-    plans = jax.tree.map(np.asarray, plans)
+        drawn = drawn._replace(label_KP=pairs.without_gain(drawn.label_KP))
+    plans: Any = jax.tree.map(np.asarray, drawn)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for begin in range(0, count, 2 * workers):
             numbers = range(begin, min(begin + 2 * workers, count))
@@ -336,12 +336,13 @@ def _draw(k_n: Any, index: pairs.Index, *, protocol: str, different: bool) -> pa
     return jax.vmap(one)(k_n)
 
 
-def _render(task: Task, recordings: corpus.Corpus, plans: pairs.Plan, k: int) -> Pair:
-    plan = pairs.Plan(*(leaf[k] for leaf in plans))
+def _render(task: Task, recordings: corpus.Corpus, plans: Any, k: int) -> Pair:
+    """Pair k of plans [n] (numpy)."""
+    plan: Any = pairs.Plan(*(leaf[k] for leaf in plans))
     context, length = (round(x * SAMPLE_RATE) for x in (CONTEXT_SECONDS, task.seconds))
     # Float64 from the draws on.
     label, colour = (
-        pairs.settings(TABLE, np.asarray(unit_KP, np.float64), SAMPLE_RATE)
+        eq.limit_to_rate(eq.from_unit(TABLE, unit_KP.astype(np.float64)), SAMPLE_RATE)[0]
         for unit_KP in (plan.label_KP, plan.colour_KP)
     )
     if task.protocol == "plain":
@@ -356,7 +357,7 @@ def _render(task: Task, recordings: corpus.Corpus, plans: pairs.Plan, k: int) ->
 
     names = recordings.talker_R
     return Pair(
-        index=k,
+        number=k,
         talker=names[plan.input_recording],
         reference_talker=names[plan.reference_recording],
         unit_KP=plan.label_KP,

@@ -59,10 +59,10 @@ def test_pairs_are_those_that_evaluation_would_render(protocol, recordings, conf
     )
     plan, sounds = chunk
     for pair in made(COLOURED._replace(protocol=protocol), recordings):
-        assert np.array_equal(pair.unit_KP, plan.label_KP[pair.index])
-        assert pair.talker == recordings.talker_R[plan.input_recording[pair.index]]
+        assert np.array_equal(pair.unit_KP, plan.label_KP[pair.number])
+        assert pair.talker == recordings.talker_R[plan.input_recording[pair.number]]
         for got_T, sound_BT in ((pair.input_T, sounds[0]), (pair.reference_T, sounds[1])):
-            wanted_T = np.asarray(sound_BT[pair.index], np.float64)
+            wanted_T = np.asarray(sound_BT[pair.number], np.float64)
             wanted_T *= float64.PEAK / np.abs(wanted_T).max()
             assert got_T.dtype == np.int16 and len(got_T) == RATE
             assert np.abs(got_T - wanted_T).max() < 1.0  # half a step is rounding
