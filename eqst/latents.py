@@ -163,7 +163,7 @@ def attribution(run: trials.Run, input_T: np.ndarray, reference_T: np.ndarray) -
     away_2M = [np.mean(x_NM - run.normalisation.mean[None, :], axis=0) for x_NM in heard]
     slopes = np.asarray(slope_2FM)
     gradients = slopes * np.stack(away_2M)[:, None, :]
-    return Attribution(*slopes, *gradients, np.asarray(occluded_M))
+    return Attribution(slopes[0], slopes[1], gradients[0], gradients[1], np.asarray(occluded_M))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -204,9 +204,7 @@ def _drift(rng: Rng, count: int, frames: int) -> np.ndarray:
 
 
 @cache
-def _to_bins(
-    sample_rate: int, size: int, dtype: type[np.floating]
-) -> tuple[np.ndarray, np.ndarray]:
+def _to_bins(sample_rate: int, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Matrices [G, F] from dB on the grid to dB on FFT bins, and to minimum phase in radians.
 
     Minimum phase is linear in the level (Hilbert transform, here by the folded real cepstrum).
@@ -336,7 +334,7 @@ def _speak(
     if dtype is np.float64:
         # Cycles are summed over the whole recording: the last bit of a pitch would grow.
         track["f0_hz"] = np.round(track["f0_hz"], 6)
-    to_level_GF, to_phase_GF = _to_bins(sample_rate, size, dtype)
+    to_level_GF, to_phase_GF = _to_bins(sample_rate, size, np.dtype(dtype))
     mean_bins_G = to_level_GF.mean(1)
     voiced_NG, noise_NG = _envelopes(who.voice, track, mean_bins_G)
     takes = held("take").astype(int)
@@ -360,7 +358,7 @@ def _speak(
 def _record(recording: Recording, rng: Rng, dry_T: np.ndarray, sample_rate: int) -> np.ndarray:
     """Room, microphone, hum, codec, gate and level."""
     samples = len(dry_T)
-    level_GF, phase_GF = _to_bins(sample_rate, 4096, dry_T.dtype.type)
+    level_GF, phase_GF = _to_bins(sample_rate, 4096, dry_T.dtype)
     cut_db_G = np.clip((GRID_HZ - recording.codec_hz) / 5.0, 0.0, 80.0)  # 80 dB within 400 Hz
     response_db_G = recording.response_db_G - cut_db_G
     response = np.exp(DB_TO_NEPER * response_db_G @ level_GF + 1j * (response_db_G @ phase_GF))
