@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -22,7 +23,7 @@ from eqst import (
     page,
     scenarios,
 )
-from eqst.config import Data, as_dict
+from eqst.config import Config, Data, as_dict
 from eqst.markup import Html, details, missing, section, table, tag
 from eqst.material import VARIANTS, Member, Request
 
@@ -162,7 +163,18 @@ def _distances(sets: list[scenarios.Set]) -> Html:
     return table("Mean distance to the reference in dB", head, rows)
 
 
-def latent_business(runs: list[Member], made: examples.Test, say: examples.Say) -> Html:
+def train_data(config: Config, request: Request) -> Data:
+    """Train talkers that a latent's spread is measured on: those of --data where a manifest tells
+    them apart, else the run's own."""
+    if not (request.data and request.manifest):
+        return config.data
+    chosen, _ = evaluate.select(config, request.data, request.manifest, "train")
+    return dataclasses.replace(chosen, folds=0, valid_share=0.0)
+
+
+def latent_business(
+    runs: list[Member], made: examples.Test, train: corpus.Corpus, say: examples.Say
+) -> Html:
     """Extracted and fed latents of the paper's models among the runs."""
     by_variant = {member.variant: member for member in runs}
     there = [(name, title) for name, title in VARIANTS.values() if name in by_variant]
@@ -174,7 +186,6 @@ def latent_business(runs: list[Member], made: examples.Test, say: examples.Say) 
     views = []
     for name, title in there:
         member = by_variant[name]
-        train = corpus.open_corpus(member.run.config.data, "train", say)
         views.append(insights.view(title, member.run, made, points, train))
         say(f"latents of {member.name}")
     lost = [name for name, _ in VARIANTS.values() if name not in by_variant]
@@ -193,7 +204,11 @@ def latent_business(runs: list[Member], made: examples.Test, say: examples.Say) 
 
 
 def take_home(
-    runs: list[Member], held_out: corpus.Corpus, request: Request, say: examples.Say
+    runs: list[Member],
+    held_out: corpus.Corpus,
+    train: corpus.Corpus,
+    request: Request,
+    say: examples.Say,
 ) -> Html:
     """The five claims of the seed, measured on all held-out pairs and judged."""
     by_variant = {member.variant: member.run for member in runs}
@@ -201,11 +216,10 @@ def take_home(
     if not set(wanted) <= set(by_variant):
         return insights.judged(None)
     shown = runs[0].run.config
-    tuning = corpus.open_corpus(shown.data, "train", say)
     stats = claims.measure(
         {name: by_variant[name] for name in wanted},
         held_out,
-        tuning,
+        train,
         pairs=request.pairs,
         seconds=shown.data.segment_seconds[0],
         protocol="plain",

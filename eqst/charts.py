@@ -148,7 +148,13 @@ def sweep(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
             name = f"{row['level']} ({row['seeds']})"
             if row["base"]:
                 mean = row["figures"][column]["mean"]
-                rows.append((f"{name}: {mean:.2f} dB", {"mean": 0, "low": 0, "high": 0}, False))
+                rows.append(
+                    (
+                        f"{name}: {mean:.2f} dB",
+                        {"mean": 0, "low": 0, "high": 0, "clear": False},
+                        False,
+                    )
+                )
             elif column in row["differences"]:
                 rows.append((name, row["differences"][column], False))
     figure = new_figure(figsize=(8.5, 0.2 * len(rows) + 0.9), layout="constrained")
@@ -156,7 +162,7 @@ def sweep(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     panel.axvline(0, color="#888888", lw=0.8)
     for place, (_, found, _) in enumerate(rows):
         if found is not None:
-            clear = found["low"] * found["high"] > 0
+            clear = found["clear"]
             colour = "#888888" if not clear else "#c1272d" if found["mean"] > 0 else "#1f5fa8"
             panel.plot([found["low"], found["high"]], [place, place], color=colour, lw=1.6)
             panel.plot([found["mean"]], [place], "o", color=colour, ms=4)

@@ -103,9 +103,11 @@ def tables(
 
     Returns:
       {factor: [{level, base, seeds, figures: {column: mean, low, high}, differences: {column:
-      mean, low, high, seeds, p, p_holm}}]}. `p` is of a two-sided t-test of the seeds' mean
+      mean, low, high, seeds, p, p_holm, clear}}]}. `p` is of a two-sided t-test of the seeds' mean
       difference against the pooled seed noise (None where no level has two seeds): whether another
-      seed could have done it, on these talkers; `p_holm` counts all comparisons of a column.
+      seed could have done it, on these talkers; `p_holm` counts all comparisons of a
+      column. `clear`: neither other talkers and pairs (the interval excludes 0) nor other seeds
+      (p_holm below 0.05) would explain it.
     """
     every = [columns for rows in levels.values() for columns in rows.values()]
     names = list(dict.fromkeys(name for columns in every for name in columns))
@@ -116,8 +118,17 @@ def tables(
             for name in columns:
                 if columns is not base and name in base:
                     compared[name][factor, level] = gaps(columns[name], base[name])
+    # A factor's first level is mostly the same runs as another's: they count once.
     own_noise = {
-        name: seed_noise([x[name].error_SP.mean(axis=1) for x in every if name in x])
+        name: seed_noise(
+            list(
+                {
+                    x[name].error_SP.tobytes(): x[name].error_SP.mean(axis=1)
+                    for x in every
+                    if name in x
+                }.values()
+            )
+        )
         for name in names
     }
     gap_noise = {
@@ -137,6 +148,9 @@ def tables(
         tested = [row for row in found.values() if row["p"] is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row["p_holm"] = p
+        for row in found.values():
+            known = "p_holm" in row and row["p_holm"] < 0.05
+            row["clear"] = bool(known and row["low"] * row["high"] > 0)
     return {
         factor: [
             {
@@ -169,7 +183,7 @@ def _p_value(gap_SP: np.ndarray, noise: SeedNoise) -> float | None:
 def table_text(content: dict[str, list[dict[str, Any]]], columns: list[str]) -> str:
     """The tables as text: mean (interval), and the difference from the first level with its own.
 
-    A star marks a difference whose interval excludes 0.
+    A star marks a difference that is clear.
     """
     lines = []
     for factor, rows in content.items():
@@ -188,6 +202,6 @@ def _cell(row: dict[str, Any], column: str) -> str:
         own = f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})"
     if column in row["differences"]:
         x = row["differences"][column]
-        star = "*" if x["low"] * x["high"] > 0 else " "
+        star = "*" if x["clear"] else " "
         gap = f"{x['mean']:+.2f} ({x['low']:+.2f} {x['high']:+.2f}){star}"
     return f"{own:>17}{gap:>23}"

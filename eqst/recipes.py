@@ -19,7 +19,7 @@ def _augmented() -> config_dict.ConfigDict:
 def paper() -> config_dict.ConfigDict:
     """What the paper's variants share: augmentation and one budget; their files start here.
 
-    The learning rate is the ablation's choice by cross-validation (colab/results/ablation.json).
+    The learning rate is from the ablation (colab/results/ablation.json; one seed).
     """
     settings = _augmented()
     settings.train.batch_size = 64

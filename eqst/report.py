@@ -62,6 +62,8 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
     say(f"runs: {', '.join(member.name for member in runs)}; examples of {shown.name}")
     data, split = evaluate.select(shown.run.config, request.data, request.manifest, "dev")
     held_out = corpus.open_corpus(data, split, say)
+    # Before the work: the run's own recordings may be on another machine.
+    train = corpus.open_corpus(chapters.train_data(shown.run.config, request), "train", say)
     spec = shown.run.config
     seconds = spec.data.segment_seconds[0]
     made = examples.test(
@@ -77,8 +79,8 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
         for kind in ("sibilance", "bass"):
             voices[kind] = scenarios.scenario(kind, held_out, matcher, say)
     sets = scenarios.of_triples(found, matcher, say)
-    latents = chapters.latent_business(runs, made, say)
-    claims = chapters.take_home(runs, held_out, request, say)
+    latents = chapters.latent_business(runs, made, train, say)
+    claims = chapters.take_home(runs, held_out, train, request, say)
     results = findings.read_results(pathlib.Path(request.results)) if request.results else {}
     metrics = {member.name: card.metrics_of(member.folder) for member in runs}
     how = chapters.rule(made, shown, split, data)

@@ -459,6 +459,8 @@ def main() -> None:
             run_member(workdir, own[0], options.data, options.manifest)
             return
         outcomes = known_outcomes(options.known, every) if options.known else {}
+        if options.known:
+            print(f"known: {len(outcomes)} of the {len(every)} runs, by their settings", flush=True)
         failed = []
         if not options.gather:
             todo = [x for x in members if x.name not in outcomes and not done(workdir, x)]
@@ -470,6 +472,7 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     here = [member for member in every if done(workdir, member)]
     content = gather(every, {**outcomes, **{x.name: outcome(workdir, x) for x in here}})
+    workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(workdir / "sweep.json", content)
     text = comparison.table_text(content["tables"], content["columns"])
     files.write_text(workdir / "table.txt", text)
