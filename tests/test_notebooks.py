@@ -104,6 +104,8 @@ def executed(tmp_path_factory):
         environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
         environment["PYTHONPATH"] = str(COLAB.parent)
         environment["XDG_CACHE_HOME"] = str(folder / "cache")
+        # Nearly all of their time is compilation, which this halves.
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         words = [f"{name}.ipynb", "done.ipynb"]
         done = subprocess.run(
             [sys.executable, "-c", EXECUTE, *words],
@@ -129,6 +131,7 @@ def shown(notebook: nbformat.NotebookNode, kind: str) -> int:
     return sum(kind in output.data for output in outputs if "data" in output)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_ablations_run_whole(executed):
     notebook = executed("ablations")
@@ -141,6 +144,7 @@ def test_ablations_run_whole(executed):
         assert "no stored ablation" not in text
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_latents_run_whole(executed):
     notebook = executed("latents")
