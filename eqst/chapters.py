@@ -163,13 +163,17 @@ def _distances(sets: list[scenarios.Set]) -> Html:
     return table("Mean distance to the reference in dB", head, rows)
 
 
-def train_data(config: Config, request: Request) -> Data:
-    """Train talkers that a latent's spread is measured on: those of --data where a manifest tells
-    them apart, else the run's own."""
-    if not (request.data and request.manifest):
-        return config.data
-    chosen, _ = evaluate.select(config, request.data, request.manifest, "train")
-    return dataclasses.replace(chosen, folds=0, valid_share=0.0)
+def train_talkers(config: Config, request: Request, say: examples.Say) -> corpus.Corpus:
+    """Train talkers that a latent's spread is measured on: those of --data where its manifest has
+    some (the run's own may be on another machine), else the run's own."""
+    if request.data and request.manifest:
+        chosen, _ = evaluate.select(config, request.data, request.manifest, "train")
+        try:
+            chosen = dataclasses.replace(chosen, folds=0, valid_share=0.0)
+            return corpus.open_corpus(chosen, "train", say)
+        except corpus.CorpusError:
+            say(f"{request.manifest} has no train talkers: the run's own are taken")
+    return corpus.open_corpus(config.data, "train", say)
 
 
 def latent_business(

@@ -63,7 +63,7 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
     data, split = evaluate.select(shown.run.config, request.data, request.manifest, "dev")
     held_out = corpus.open_corpus(data, split, say)
     # Before the work: the run's own recordings may be on another machine.
-    train = corpus.open_corpus(chapters.train_data(shown.run.config, request), "train", say)
+    train = chapters.train_talkers(shown.run.config, request, say)
     spec = shown.run.config
     seconds = spec.data.segment_seconds[0]
     made = examples.test(
