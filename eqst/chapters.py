@@ -233,8 +233,8 @@ def take_home(
     told = (
         f"Each claim of the paper's page, turned into statistics over {stats['pairs']} pairs of "
         f"{stats['talkers']} held-out talkers, one run for each model, and judged by rules fixed "
-        "before these models were measured (eqst.verdict). Brackets are 95 % intervals over talkers "
-        "and pairs."
+        "before these models were measured (eqst.verdict). Brackets are 95 % intervals over "
+        "talkers and pairs."
     )
     return tag("div", tag("p", told), insights.judged(claims.verdicts(stats)))
 
