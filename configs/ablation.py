@@ -174,6 +174,7 @@ def sweep(folder=""):
     """Yields (factor, level, seed, changes): the variants first, then the rest seed by seed, so
     that a sweep stopped early has fewer seeds of all of it."""
     variants = {"variant": FACTORS["variant"]}
+    base = get_config(folder)
     others = {name: levels for name, levels in FACTORS.items() if name != "variant"}
     if folder:
         others["data"] = DATA
@@ -181,7 +182,7 @@ def sweep(folder=""):
         for seed in range(SEEDS):
             for factor, levels in factors.items():
                 for level, changes in levels.items():
-                    yield factor, level, seed, _completed(changes, get_config(folder), seed)
+                    yield factor, level, seed, _completed(changes, base, seed)
 
 
 def _completed(changes, base, seed):

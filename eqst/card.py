@@ -157,7 +157,7 @@ def metrics_of(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], ...]:
     Of exported weights those that went with them.
     """
     if is_exported(workdir):
-        return load_weights(workdir).metrics
+        return _exported_metrics(card_of(workdir))
     path = epath.Path(workdir) / METRICS_NAME
     return tuple(read_metrics(path)[0]) if path.is_file() else ()
 
@@ -230,6 +230,34 @@ def is_exported(path_stem: str | os.PathLike[str]) -> bool:
     return not stem.is_dir() and stem.with_name(f"{stem.name}.npz").is_file()
 
 
+def card_of(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The card of a run or of exported weights, whose arrays are not read for it.
+
+    Raises:
+      CheckpointError: as `read_card` and `load_weights`.
+    """
+    if not is_exported(workdir):
+        return read_card(workdir)
+    stem = epath.Path(workdir)
+    return _exported_card(stem.with_name(f"{stem.name}.json"), _absent(workdir))
+
+
+def _absent(path_stem: str | os.PathLike[str]) -> str:
+    return f"{path_stem}.npz and .json are not there: eqst.checkpoint.export_weights makes them"
+
+
+def _exported_card(path: Any, absent: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(absent)
+    return _parse_card(path.read_bytes(), str(path))
+
+
+def _exported_metrics(card: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The record that went with exported weights; older ones have none."""
+    has = "weights" in card and "metrics" in card["weights"]
+    return tuple(card["weights"]["metrics"]) if has else ()
+
+
 def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
     """Loads exported weights, floats as float32; imports no Orbax.
 
@@ -244,13 +272,11 @@ def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
         absent = "this eqst comes without weights: train, and give --workdir=DIR"
     else:
         folder, name = epath.Path(path_stem).parent, epath.Path(path_stem).name
-        absent = (
-            f"{path_stem}.npz and .json are not there: eqst.checkpoint.export_weights makes them"
-        )
+        absent = _absent(path_stem)
     npz, card_file = folder / f"{name}.npz", folder / f"{name}.json"
-    if not (npz.is_file() and card_file.is_file()):
+    if not npz.is_file():
         raise CheckpointError(absent)
-    card = _parse_card(card_file.read_bytes(), str(card_file))
+    card = _exported_card(card_file, absent)
     data = npz.read_bytes()
     if "weights" not in card or card["weights"]["sha256"] != digest(data):
         raise CheckpointError(f"{npz} is not what {card_file} describes: export both again")
@@ -259,8 +285,7 @@ def load_weights(path_stem: str | os.PathLike[str] | None = None) -> Loaded:
     for name, leaf in leaves.items():
         if leaf.dtype == np.float16:
             leaves[name] = leaf.astype(np.float32)
-    metrics = tuple(card["weights"]["metrics"]) if "metrics" in card["weights"] else ()
-    return Loaded(card, nested(leaves), card["weights"]["step"], metrics)
+    return Loaded(card, nested(leaves), card["weights"]["step"], _exported_metrics(card))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

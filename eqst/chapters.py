@@ -25,7 +25,7 @@ from eqst import (
 )
 from eqst.config import Config, Data, as_dict
 from eqst.markup import Html, details, missing, section, table, tag
-from eqst.material import VARIANTS, Member, Request
+from eqst.material import TITLES, Member, Request
 
 
 def lede() -> Html:
@@ -181,7 +181,7 @@ def latent_business(
 ) -> Html:
     """Extracted and fed latents of the paper's models among the runs."""
     by_variant = {member.variant: member for member in runs}
-    there = [(name, title) for name, title in VARIANTS.values() if name in by_variant]
+    there = [(name, title) for name, title in TITLES.items() if name in by_variant]
     if not there:
         return missing(
             "None of the runs is one of the paper's three models: give one by --workdir."
@@ -192,7 +192,7 @@ def latent_business(
         member = by_variant[name]
         views.append(insights.view(title, member.run, made, points, train))
         say(f"latents of {member.name}")
-    lost = [name for name, _ in VARIANTS.values() if name not in by_variant]
+    lost = [name for name in TITLES if name not in by_variant]
     told = (
         "Four test points from the pairs above, chosen by rule: input and reference at "
         f"{examples.LEAST_LUFS:g} LUFS or louder, the two of least and the two of largest shape "
@@ -216,7 +216,7 @@ def take_home(
 ) -> Html:
     """The five claims of the seed, measured on all held-out pairs and judged."""
     by_variant = {member.variant: member.run for member in runs}
-    wanted = [name for name, _ in VARIANTS.values()]
+    wanted = list(TITLES)
     if not set(wanted) <= set(by_variant):
         return insights.judged(None)
     shown = runs[0].run.config

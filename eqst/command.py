@@ -62,7 +62,12 @@ def keep_compiled() -> None:
 
 def line(name: str) -> str:
     """The command as it was given, for beside its results."""
-    return shlex.join(["python", "-m", name, *sys.argv[1:]])
+    return shlex.join([*_called(name), *sys.argv[1:]])
+
+
+def _called(name: str) -> list[str]:
+    """How a module ("eqst.train") or a script ("launch/sweep.py") is started."""
+    return ["python", name] if name.endswith(".py") else ["python", "-m", name]
 
 
 def start(name: str, define_flags: Callable[[], None], body: Callable[[], None]) -> None:
@@ -251,7 +256,7 @@ def _unknown_setting(key: str, known: list[str]) -> str:
 def _help(name: str, about: str, own: list[str]) -> str:
     from absl import flags
 
-    lines = [f"python -m {name}", "", about.strip(), ""]
+    lines = [" ".join(_called(name)), "", about.strip(), ""]
     for flag in (flags.FLAGS[flag] for flag in own):
         label = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}="
         bounds = flag.parser.syntactic_help

@@ -7,8 +7,10 @@ shape error of every method for every pair) and error_seconds.png.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 import platform
@@ -55,18 +57,13 @@ class ErrorRow(NamedTuple):
 
 def errors_text(errors: list[ErrorRow]) -> str:
     """CSV of the rows, errors to 1e-4 dB."""
-    lines = [",".join(ErrorRow._fields)]
-    lines += [
-        f"{row.protocol},{row.seconds:g},{row.pair},{_quoted(row.talker)},{row.method},"
-        f"{row.shape_rmse_db:.4f}"
-        for row in errors
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """A CSV field of any text: a talker is named by a folder, which may be called anything."""
-    return '"' + text.replace('"', '""') + '"' if set(text) & set('",\r\n') else text
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(ErrorRow._fields)
+    for row in errors:
+        error = f"{row.shape_rmse_db:.4f}"
+        writer.writerow([row.protocol, f"{row.seconds:g}", row.pair, row.talker, row.method, error])
+    return text.getvalue()
 
 
 # --- figures -------------------------------------------------------------------------------------

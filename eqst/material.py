@@ -6,19 +6,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eqst import card, trials
-from eqst.config import Config, from_card
+from eqst import card, claims, trials
+from eqst.config import from_card
 
-# By features.scale and model.comparison of mel features: the name in configs/, and the seed's.
-VARIANTS = {
-    ("linear", "subtract"): ("linear_mel_bl", "Baseline model"),
-    ("db", "subtract"): ("db_mel_bl", "Baseline model with dB valued representation"),
-    ("db", "learned"): ("db_mel_pm", "Proposed model with dB valued representation"),
+# The paper's three models by their name in configs/: what the seed's page calls them.
+TITLES = {
+    "linear_mel_bl": "Baseline model",
+    "db_mel_bl": "Baseline model with dB valued representation",
+    "db_mel_pm": "Proposed model with dB valued representation",
 }
 
 
 class Member(NamedTuple):
-    """A finished run: a name for people, its folder, its variant (or "pooled"), the model."""
+    """A finished run: a name for people, its folder, its variant or kind of features, its model."""
 
     name: str
     folder: pathlib.Path
@@ -36,12 +36,6 @@ class Request(NamedTuple):
     triples: str
     results: str
     pairs: int
-
-
-def variant(config: Config) -> str:
-    """Which of the paper's three a run is, or "pooled"."""
-    key = (config.features.scale, config.model.comparison)
-    return VARIANTS[key][0] if config.features.kind == "mel" and key in VARIANTS else "pooled"
 
 
 def folders(workdir: str) -> list[pathlib.Path]:
@@ -74,9 +68,10 @@ def members(workdirs: Sequence[str]) -> list[Member]:
     for workdir in workdirs:
         root = pathlib.Path(workdir)
         for folder in folders(workdir):
-            exported = card.is_exported(folder)
-            about = card.load_weights(folder).card if exported else card.read_card(folder)
-            kind = variant(from_card(about["config"]))
+            config = from_card(card.card_of(folder)["config"])
+            kind = claims.variant(config)
+            if kind not in TITLES:
+                kind = config.features.kind
             if kind not in found:
                 name = root.name if folder == root else f"{root.name}/{folder.relative_to(root)}"
                 found[kind] = Member(name, folder, kind, trials.open_run(folder))

@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from eqst import card, charts, command, comparison, config, corpus, evaluate, files, record, trials
+from eqst import card, charts, command, comparison, config, corpus, evaluate, files, trials
 from eqst.record import clock
 from eqst.train import EXIT_INTERRUPTED, Interrupted, differing_keys, train
 
@@ -216,10 +216,9 @@ def _start(workdir: pathlib.Path, member: Member, jobs: int) -> subprocess.Popen
     environment = dict(os.environ)
     if jobs > 1:  # several processes share an accelerator's memory
         environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    words = [word for word in sys.argv[1:] if not word.startswith("--overwrite")]
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(
-            [sys.executable, __file__, *words, f"--member={member.name}"],
+            [sys.executable, __file__, *sys.argv[1:], f"--member={member.name}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -274,7 +273,7 @@ def outcome(workdir: pathlib.Path, member: Member) -> Outcome:
             columns.setdefault(name, []).append(round(float(row["shape_rmse_db"]), 3))
             talkers.setdefault(name, []).append(row["talker"])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows, _ = record.read_metrics(workdir / member.name / record.METRICS_NAME)
+    rows = card.metrics_of(workdir / member.name)
     # Of the checkpoint that was evaluated: the best one on the train talkers it did not train on.
     valid = [row["valid_shape_db"] for row in rows if "valid_shape_db" in row]
     facts = {name: results[name] for name in ("commit", "machine", "step")}
@@ -292,19 +291,16 @@ def known_outcomes(path: str, members: list[Member]) -> dict[str, Outcome]:
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         stored = {entry["settings"]: entry for entry in content["members"]}
-        talkers = content["talkers"]
-        return {
-            member.name: Outcome(
-                {
+        talkers, found = content["talkers"], {}
+        for member in members:
+            key = _settings_hash(member)
+            if key in stored:
+                errors = {
                     name: [float(word) for word in text.split()]
-                    for name, text in stored[_settings_hash(member)]["errors"].items()
-                },
-                talkers,
-                stored[_settings_hash(member)]["facts"],
-            )
-            for member in members
-            if _settings_hash(member) in stored
-        }
+                    for name, text in stored[key]["errors"].items()
+                }
+                found[member.name] = Outcome(errors, talkers, stored[key]["facts"])
+        return found
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"--known={path} is no sweep.json ({error!r}): name one") from None
 
@@ -357,7 +353,7 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
             columns[VALID] = comparison.Level(seeds, np.array(valid)[:, None], np.array(["all"]))
         levels.setdefault(factor, {})[level] = columns
     return {
-        "command": command.line("launch/sweep.py").replace("-m ", ""),
+        "command": command.line("launch/sweep.py"),
         "commit": card.commit(),
         "machines": sorted({outcomes[member.name].facts["machine"] for member in finished}),
         "budget": _budget(finished),

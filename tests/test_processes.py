@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_train import CONFIGS, POOLED, TINY, losses, silent
 
-from eqst import batches, checkpoint, corpus, mesh, predictor, train
+from eqst import batches, checkpoint, config, corpus, mesh, predictor, recipes, train
 
 STEPS = 48
 CHANGES = {
@@ -24,6 +24,7 @@ CHANGES = {
     "train.eval_every": 16,
     "train.eval_pairs": 7,  # divides by nothing
     "train.checkpoint_every": 1000,
+    "train.learning_rate": 1e-3,  # what rounding differs by grows with it
 }
 MEL = {"data.rendering": "device", "data.pipeline": "tfdata", "features.mel_bands": 32}
 # Sums over a batch in another order: 1e-7 a step, and the steps build on each other.
@@ -73,11 +74,12 @@ def train_words(workdir: Path, cache: Path, changes: dict) -> list[str]:
     return [sys.executable, "-m", "eqst.train", f"--config={file}", f"--workdir={workdir}", *values]
 
 
-def settings_of(configure, cache: Path, changes: dict):
+def settings_of(cache: Path, changes: dict) -> config.Config:
     """The settings of `train_words` for this process, on one device."""
-    base = {"data.warp": 1.2, "data.curve_share": 0.5, "data.noise_share": 0.5}
-    base |= {"train.ema_decay": 0.995, "data.cache_dir": str(cache), "train.devices": 1}
-    return configure(TINY | base | CHANGES | changes)
+    made = recipes.paper()
+    made.update_from_flattened_dict(TINY | CHANGES | changes)
+    made.data.cache_dir, made.train.devices = str(cache), 1
+    return config.validate(made)
 
 
 def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -115,10 +117,10 @@ def assert_same_curve(one: Path, other: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("changes", [POOLED, MEL], ids=["pooled-resident", "device-tfdata"])
-def test_two_processes_train_as_one_does(changes, configure, cache, tmp_path):
+def test_two_processes_train_as_one_does(changes, cache, tmp_path):
     if changes is MEL:
         pytest.importorskip("tensorflow", reason="tf.data needs the extra [data]")
-    train.train(settings_of(configure, cache, changes), tmp_path / "one", silent)
+    train.train(settings_of(cache, changes), tmp_path / "one", silent)
     with started(train_words(tmp_path / "two", cache, changes), cache) as processes:
         (first, out, err), (second, quiet, other) = ends(processes)
     assert (first, second) == (0, 0), err + other
@@ -137,9 +139,9 @@ def test_two_processes_train_as_one_does(changes, configure, cache, tmp_path):
 
 
 @pytest.mark.long
-def test_stopped_in_two_it_ends_in_one_and_the_other_way_round(configure, cache, tmp_path):
+def test_stopped_in_two_it_ends_in_one_and_the_other_way_round(cache, tmp_path):
     whole, down, up = (tmp_path / name for name in ("whole", "down", "up"))
-    made = settings_of(configure, cache, POOLED)
+    made = settings_of(cache, POOLED)
     train.train(made, whole, silent)
 
     with started(train_words(down, cache, POOLED), cache) as processes:
@@ -222,8 +224,8 @@ def held_out_errors(made, devices: int) -> list[float]:
 
 
 @pytest.mark.long
-def test_the_validation_figure_is_exact_for_any_number_of_devices(configure, cache):
-    made = settings_of(configure, cache, POOLED)
+def test_the_validation_figure_is_exact_for_any_number_of_devices(cache):
+    made = settings_of(cache, POOLED)
     recordings = corpus.open_corpus(made.data, "valid", silent)
     whole = batches.valid_pairs(made, recordings, mesh.make_mesh(1)).seen
     params = predictor.init(made, jax.random.key(3))
@@ -235,10 +237,10 @@ def test_the_validation_figure_is_exact_for_any_number_of_devices(configure, cac
 
 
 @pytest.mark.long
-def test_the_validation_figure_is_exact_for_two_processes(configure, cache):
+def test_the_validation_figure_is_exact_for_two_processes(cache):
     from eqst.config import as_dict
 
-    made = settings_of(configure, cache, POOLED)
+    made = settings_of(cache, POOLED)
     words = [sys.executable, "-c", EVALUATE, json.dumps(as_dict(made))]
     environment = os.environ["PYTHONPATH"] if "PYTHONPATH" in os.environ else ""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment])
