@@ -97,13 +97,14 @@ def test_the_install_cell_keeps_the_jax_that_is_there(tmp_path):
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """A function name -> the notebook after a run in an empty folder, with its outputs."""
+    cache = tmp_path_factory.mktemp("cache")
 
     def execute(name: str) -> nbformat.NotebookNode:
         folder = tmp_path_factory.mktemp(name)
         shutil.copy(COLAB / f"{name}.ipynb", folder)
         environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
         environment["PYTHONPATH"] = str(COLAB.parent)
-        environment["XDG_CACHE_HOME"] = str(folder / "cache")
+        environment["XDG_CACHE_HOME"] = str(cache)
         # Nearly all of their time is compilation, which this halves.
         environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         words = [f"{name}.ipynb", "done.ipynb"]
@@ -149,7 +150,7 @@ def test_ablations_run_whole(executed):
 def test_latents_run_whole(executed):
     notebook = executed("latents")
     text = printed(notebook)
-    assert "step 16" in text or "step 8" in text
+    assert "step 24, commit" in text or "step 12, commit" in text
     assert "predictor/enter/kernel" in text and "(2560, 64)" in text
     assert "fed_L        nullified" in text and "shape error" in text
     assert shown(notebook, "image/png") == 3
