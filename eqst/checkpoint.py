@@ -283,7 +283,8 @@ def load_all(folder: str | os.PathLike[str], *, which: str = "best") -> dict[str
     What is no run, or one that has nothing to load yet, is left out, in one line each.
 
     Args:
-      folder: holds runs; a run itself is taken too. Links in it are not followed.
+      folder: holds runs or exported weights; a run itself is taken too. Links in it are not
+        followed.
       which: as in `load`.
 
     Returns:
@@ -315,14 +316,15 @@ def _is_run(folder: epath.Path) -> bool:
 
 
 def _runs_in(folder: epath.Path) -> list[epath.Path]:
-    """The folder where it is a run, or the runs below it; says where there is nothing of either."""
+    """The folder where it is a run, or what is in and below it; says where there is nothing."""
     if _is_run(folder):
         return [folder]
+    weights = [x.with_suffix("") for x in folder.glob("*.npz") if is_exported(x.with_suffix(""))]
     inside = [x for x in folder.iterdir() if x.is_dir() and not x.name.startswith(".")]
     below = [x for x in inside if not os.path.islink(x)]
-    if not below:
+    if not below and not weights:
         _log.warning("left out %s: it holds no run of EQST", folder)
-    return [run for x in below for run in _runs_in(x)]
+    return weights + [run for x in below for run in _runs_in(x)]
 
 
 def _load_params(root: epath.Path) -> tuple[int, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -129,6 +130,9 @@ def parallel(
     """Results in order from `workers` processes (0: one per core), with a line every tenth."""
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
 
+    # A worker whose memory has grown is replaced, and nothing is lost. Of that joblib warns, in the
+    # thread that all others wait for: where warnings are errors, they would wait for ever.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     jobs = joblib.Parallel(
         n_jobs=min(workers or os.cpu_count() or 1, len(tasks)), return_as="generator"
     )

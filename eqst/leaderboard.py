@@ -15,7 +15,6 @@ methods      {method: {kind, scores: {task: score}}}: all that was measured; a s
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -167,7 +166,8 @@ def add(
 
 
 def _arrange(board: dict[str, Any]) -> None:
-    """Makes the rows from the scores; oracles come last, the others by error on the headline."""
+    """Makes the rows from the scores: by error on the headline, those with fewer pairs than others
+    had after them, then those that were not scored on it; oracles come last."""
     order = {name: i for i, name in enumerate(_task_order(board))}
     board["tasks"].sort(key=lambda row: order[row["name"]])
     rows = []
@@ -195,10 +195,14 @@ def _arrange(board: dict[str, Any]) -> None:
             }
         )
 
+    pairs = {row["name"]: row["pairs"] for row in board["tasks"]}
+
     def place(row: dict[str, Any]) -> tuple:
-        figures, head = row["figures"], board["headline"]
-        mean = figures[head]["mean"] if head in figures else math.inf
-        return row["kind"] == "oracle", mean, row["method"]
+        scores, head = board["methods"][row["method"]]["scores"], board["headline"]
+        if head not in scores:
+            return row["kind"] == "oracle", 2, 0.0, row["method"]
+        few = scores[head]["pairs"] < pairs[head]  # not to be ranked among the others
+        return row["kind"] == "oracle", int(few), row["figures"][head]["mean"], row["method"]
 
     board["leaderboard"] = sorted(rows, key=place)
     board["methods"] = {
@@ -263,8 +267,13 @@ def write(folder: pathlib.Path, board: dict[str, Any]) -> None:
 
 
 def table_text(board: dict[str, Any]) -> str:
-    """Every row, one block for each source; `*`: some pairs were not the published ones."""
-    lines = ["shape RMSE in dB, mean (95 % interval over talkers and pairs)", ""]
+    """Every row, one block for each source; `*`: some pairs were not the published ones, `~`: fewer
+    pairs than the task's other rows."""
+    lines = [
+        "shape RMSE in dB, mean (95 % interval over talkers and pairs); "
+        "*: pairs that are not the published ones, ~: fewer pairs than other rows",
+        "",
+    ]
     for source in dict.fromkeys(row["name"].split("-")[0] for row in board["tasks"]):
         columns = [row for row in board["tasks"] if row["name"].split("-")[0] == source]
         heads = [row["name"][len(source) + 1 :] for row in columns]
@@ -279,6 +288,7 @@ def table_text(board: dict[str, Any]) -> str:
                 x = row["figures"][name]
                 entry = board["methods"][row["method"]]["scores"][name]
                 mark = "*" if entry["differing_pairs"] else ""
+                mark += "~" if entry["pairs"] < column["pairs"] else ""
                 cells.append(f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f}){mark}")
             if any(cells):
                 lines.append(f"{row['method']:<16}" + "".join(f"{cell:>22}" for cell in cells))

@@ -39,8 +39,8 @@ class Request(NamedTuple):
 
 
 def folders(workdir: str) -> list[pathlib.Path]:
-    """A run itself (its folder, or its exported weights), or those of a sweep, its factor `variant`
-    first.
+    """A run itself (its folder, or its exported weights), those of a folder of exported weights,
+    or those of a sweep, its factor `variant` first.
 
     Raises:
       ValueError: there is no run in it.
@@ -54,6 +54,9 @@ def folders(workdir: str) -> list[pathlib.Path]:
         return [root]
     found = sorted(
         path.parent for path in root.rglob(card.CARD_NAME) if (path.parent / "checkpoints").is_dir()
+    )
+    found += sorted(
+        stem for path in root.glob("*.npz") if card.is_exported(stem := path.with_suffix(""))
     )
     if not found:
         raise ValueError(

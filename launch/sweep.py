@@ -305,13 +305,27 @@ def known_outcomes(path: str, members: list[Member]) -> dict[str, Outcome]:
         raise ValueError(f"--known={path} is no sweep.json ({error!r}): name one") from None
 
 
-def _settings_hash(member: Member) -> str:
-    """A name for the settings, but for what changes no result."""
+def known_line(path: str, known: int, members: list[Member]) -> str:
+    """How many runs a sweep.json knows, and what stands in the way if it is none."""
+    line = f"known: {known} of the {len(members)} runs, by their settings"
+    stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if known or "first_settings" not in stored:
+        return line
+    differing = differing_keys(stored["first_settings"], _result_settings(members[0]))
+    return f"{line}; its first run differs from this one's in {'; '.join(differing) or 'nothing'}"
+
+
+def _result_settings(member: Member) -> dict[str, Any]:
+    """The settings, but for what changes no result."""
     plain = config.as_dict(member.config)
     plain["data"].pop("cache_dir")
     for key in ("devices", "log_every", "checkpoint_every", "tensorboard"):
         plain["train"].pop(key)
-    return card.digest(json.dumps(plain, sort_keys=True))[:16]
+    return plain
+
+
+def _settings_hash(member: Member) -> str:
+    return card.digest(json.dumps(_result_settings(member), sort_keys=True))[:16]
 
 
 def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -359,6 +373,7 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
         "budget": _budget(finished),
         "data": _data(finished),
         "columns": [*talkers, VALID],
+        "first_settings": _result_settings(members[0]),
         "tables": comparison.tables(levels),
         "talkers": talkers,
         "members": [
@@ -456,7 +471,7 @@ def main() -> None:
             return
         outcomes = known_outcomes(options.known, every) if options.known else {}
         if options.known:
-            print(f"known: {len(outcomes)} of the {len(every)} runs, by their settings", flush=True)
+            print(known_line(options.known, len(outcomes), every), flush=True)
         failed = []
         if not options.gather:
             todo = [x for x in members if x.name not in outcomes and not done(workdir, x)]

@@ -341,6 +341,36 @@ def test_missing_answers_count_as_flat_and_are_told():
     assert entry["failures"] == 2 and np.all(errors[::2] < 1e-3) and np.all(errors[1::2] > 0.5)
 
 
+def test_rows_of_fewer_pairs_are_marked_and_come_after_the_full_ones():
+    """Few pairs may be easy ones: two that are right do not make a first place."""
+    made, board = [pair_of(seed) for seed in range(4)], leaderboard.empty()
+    facts = {"facts": {}, "command": "", "commit": "", "machine": "", "differing_pairs": 0}
+
+    def answered(name: str, gain: float, count: int, task: tasks.Task) -> None:
+        def answer(pair, task):
+            params = eq.from_unit(tasks.TABLE, pair.unit_KP.astype(float))
+            return contestants.Answer(params._replace(gain_db=gain * params.gain_db), None)
+
+        asked = benchmark.ask(task, made[:count], [listener(answer)], hear=False)
+        entry = leaderboard.score(
+            contestants.gather(asked.answers["other"]), asked.unit_nKP, list("abab")[:count],
+            failures=[], seconds_per_pair=1.0,
+        )  # fmt: skip
+        leaderboard.add(board, name, "program", task, asked.pairs, entry | facts)
+
+    answered("worse", 0.5, 4, tasks.HEADLINE)
+    answered("better", 0.9, 4, tasks.HEADLINE)
+    answered("right on two", 1.0, 2, tasks.HEADLINE)
+    answered("right elsewhere", 1.0, 4, tasks.TASKS[1])
+    names = [row["method"] for row in board["leaderboard"]]
+    assert names == ["better", "worse", "right on two", "right elsewhere"]
+    text = leaderboard.table_text(board)
+    (two,) = [
+        line for line in text.splitlines()[2:] if line.startswith("right on two") and ")" in line
+    ]
+    assert two.rstrip().endswith(")~") and text.count(")~") == 1
+
+
 def test_a_program_that_never_answers_ends_the_run():
     def never(pair, task):
         raise contestants.AnswerError("exit code 1")

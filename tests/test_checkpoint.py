@@ -618,6 +618,19 @@ def test_a_sweep_is_loaded_whole_in_order_and_what_is_no_run_is_named(
     assert list(checkpoint.load_all(tmp_path / "db" / "seed_0")) == ["seed_0"]
 
 
+def test_exported_weights_are_loaded_beside_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep_run(tmp_path / "run", 7)
+    checkpoint.export_weights(tmp_path / "run", tmp_path / "small" / "run")
+    (tmp_path / "small" / "notes.txt").write_text("not a run")
+    with caplog.at_level(logging.WARNING, logger="eqst"):
+        runs = checkpoint.load_all(tmp_path)
+    assert list(runs) == ["run", "small/run"] and not caplog.records
+    assert [run.step for run in runs.values()] == [7, 7]
+    assert list(checkpoint.load_all(tmp_path / "small")) == ["run"]
+
+
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no folder"):
         checkpoint.load_all(tmp_path / "nowhere")

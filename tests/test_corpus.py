@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -398,3 +400,30 @@ def test_index_is_readable_json(voices, cache):
     for place in cache.glob("folder-*"):
         index = json.loads((place / "index.json").read_text())
         assert {"sample_rate", "recordings", "skipped"} <= set(index)
+
+
+GROWS = """
+import time
+import numpy as np
+KEPT = []
+def job(number):
+    KEPT.append(np.ones(30_000_000))  # 240 MB; joblib takes a worker away that grew by 300
+    time.sleep(0.7)  # and looks once a second
+    return number
+"""
+
+
+def test_a_worker_that_grows_is_replaced_even_where_warnings_are_errors(repo, tmp_path):
+    pytest.importorskip("psutil", reason="joblib sees a worker's memory by psutil alone")
+    (tmp_path / "grows.py").write_text(GROWS)
+    words = (
+        "import grows; from eqst import corpus; "
+        "print(list(corpus.parallel(grows.job, list(range(12)), 'x', lambda line: None, 2)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", words],
+        capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": f"{repo}{os.pathsep}{tmp_path}"},
+    )  # fmt: skip
+    assert done.stdout.strip() == str(list(range(12))), done.stderr[-2000:]
+    assert done.stderr == ""

@@ -331,6 +331,12 @@ def test_the_sweeps_variants_come_first_and_the_proposal_is_shown(runs):
     assert [x.variant for x in first] == ["linear_mel_bl"]
 
 
+def test_a_folder_of_exported_weights_is_taken_as_well(repo):
+    found = material.members([str(repo / "colab" / "weights")])
+    assert found[0].variant == "db_mel_pm" and found[0].name == "weights/db_mel_pm"
+    assert {x.variant for x in found} == {"db_mel_pm", "db_mel_bl", "linear_mel_bl"}
+
+
 def test_nullified_coefficients_are_counted_against_their_own_spread():
     latent_CM = np.array([[1.0, 0.5e-3, -0.5e-3, 0.0]])
     spread_CM = np.array([[1.0, 1.0, 0.1, 1.0]])

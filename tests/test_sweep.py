@@ -173,6 +173,8 @@ def test_gathering_by_hand_and_from_another_machine(
         m._replace(config=m.config.__class__(**{**vars(m.config), "seed": 9})) for m in members
     ]
     assert not sweep.known_outcomes(str(path), other)
+    assert sweep.known_line(str(path), 0, other).endswith("this one's in seed: 0 -> 9")
+    assert sweep.known_line(str(path), 3, members).startswith("known: 3 of the ")
 
 
 def test_other_pairs_are_not_compared(sweep: types.ModuleType, tmp_path: Path, config_file: Path):
