@@ -64,12 +64,13 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 # run_pytest NAME ARGUMENT..: whole files go to workers, so that a file's costly fixtures are made
-# once. NAME is what a failure is listed as, with pytest's own last line.
+# once, the slowest first (tests/conftest.py). NAME is what a failure is listed as, with pytest's
+# own last line.
 run_pytest() {
   local name=$1
   shift
   heading "$name $*"
-  "$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@" 2>&1 | tee "$log" ||
+  "$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@" 2>&1 | tee "$log" ||
     failed+=("$name: $(tail -n 1 "$log" | sed 's/^=* *//; s/ *=*$//')")
 }
 

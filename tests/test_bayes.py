@@ -106,6 +106,7 @@ def test_noise_covariance_is_the_samples_and_shrinks_to_its_diagonal():
     np.testing.assert_allclose(moved.mean_D, offset_D, atol=0.1)
 
 
+@pytest.mark.long
 def test_posterior_mean_is_that_of_brute_force_importance_sampling():
     # Noise wide enough that plain prior draws still give an effective sample of hundreds.
     noise = toy_noise(20.0)

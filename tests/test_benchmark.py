@@ -151,7 +151,7 @@ def test_rows_have_the_errors_that_the_exported_truth_gives(scored, exported):
     task = {row["name"]: row for row in board["tasks"]}[ONE]
     assert task["about"].startswith("mine, 3 s") and task["talkers"] == "0 1 2 0 1 2"
     text = (scored / "leaderboard.txt").read_text()
-    assert "mine" in text and "packaged" in text and "*" not in text
+    assert "mine" in text and "packaged" in text and ")*" not in text
 
 
 ENDS = ("coloured", "plain", "coloured-different", "coloured-flat")
@@ -219,6 +219,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_programs_by_settings_and_by_audio(exported, here, command, tmp_path):
     script, table = tmp_path / "answer.py", tmp_path / "table.json"
     script.write_text(ANSWER)
@@ -241,6 +242,7 @@ def test_programs_by_settings_and_by_audio(exported, here, command, tmp_path):
         assert ("gain_db_error" in found["scores"][ONE]["figures"]) == (name == "settings")
 
 
+@pytest.mark.long
 def test_eqst_match_as_a_program_is_the_packaged_predictor(scored, here, command, tmp_path):
     program = (
         f"{sys.executable} -m eqst.match --input={{input}} --reference={{reference}} "

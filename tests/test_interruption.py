@@ -222,6 +222,7 @@ def done(made, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.long
 def test_a_damaged_or_lost_card_comes_back_from_the_checkpoint(made, done, tmp_path, caplog):
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     card = tmp_path / "config.json"

@@ -195,6 +195,7 @@ def test_resident_batch_does_not_depend_on_the_devices(configure, little):
         np.testing.assert_allclose(one, four, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_seed_is_no_part_of_the_compiled_step(configure, little):
     """Members of a sweep that differ by their seed find the program of the first in the cache."""
     programs, labels = [], []

@@ -46,6 +46,7 @@ def test_a_process_that_fails_is_said():
         process([contests.sys.executable, "-c", "import no_such_module"], {})
 
 
+@pytest.mark.long
 def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
     speed.run(str(tmp_path / "out"), ["responses"], TINY, overwrite=False)
     content = json.loads((tmp_path / "out" / "speed.json").read_text())

@@ -121,6 +121,7 @@ def older_processor() -> dict[str, str]:
     return {"NPY_DISABLE_CPU_FEATURES": " ".join(newer), "OPENBLAS_CORETYPE": "Nehalem"}
 
 
+@pytest.mark.long
 def test_other_processes_workers_and_kernels_give_the_same_hashes(repo, tmp_path):
     """Everything anew: talkers too, in a cache of their own."""
     answers = []
