@@ -25,7 +25,9 @@ from eqst import (
 )
 from eqst.config import Config, Data, as_dict
 from eqst.markup import Html, details, missing, section, table, tag
-from eqst.material import TITLES, Member, Request
+from eqst.material import TITLES, Member, Request, of_variants
+
+CLAIMS = "claims"  # the file of what is measured for them
 
 
 def lede() -> Html:
@@ -180,19 +182,17 @@ def latent_business(
     runs: list[Member], made: examples.Test, train: corpus.Corpus, say: examples.Say
 ) -> Html:
     """Extracted and fed latents of the paper's models among the runs."""
-    by_variant = {member.variant: member for member in runs}
-    there = [(name, title) for name, title in TITLES.items() if name in by_variant]
+    there = of_variants(runs)
     if not there:
         return missing(
             "None of the runs is one of the paper's three models: give one by --workdir."
         )
     points = examples.best_and_worst(made)
     views = []
-    for name, title in there:
-        member = by_variant[name]
-        views.append(insights.view(title, member.run, made, points, train))
+    for name, member in there.items():
+        views.append(insights.view(TITLES[name], member.run, made, points, train))
         say(f"latents of {member.name}")
-    lost = [name for name in TITLES if name not in by_variant]
+    lost = [name for name in TITLES if name not in there]
     told = (
         "Four test points from the pairs above, chosen by rule: input and reference at "
         f"{examples.LEAST_LUFS:g} LUFS or louder, the two of least and the two of largest shape "
@@ -213,15 +213,16 @@ def take_home(
     train: corpus.Corpus,
     request: Request,
     say: examples.Say,
-) -> Html:
-    """The five claims of the seed, measured on all held-out pairs and judged."""
-    by_variant = {member.variant: member.run for member in runs}
-    wanted = list(TITLES)
-    if not set(wanted) <= set(by_variant):
-        return insights.judged(None)
+) -> tuple[Html, dict[str, Any]]:
+    """The five claims of the seed, measured on all held-out pairs and judged; and every figure of
+    it (nothing where a model is missing)."""
+    kinds = [[x for x in runs if x.variant in TITLES and x.raw == raw] for raw in (False, True)]
+    chosen = [member for kind in kinds if len(kind) == len(TITLES) for member in kind]
+    if not chosen:
+        return insights.judged(None), {}
     shown = runs[0].run.config
     stats = claims.measure(
-        {name: by_variant[name] for name in wanted},
+        {member.name: member.run for member in chosen},
         held_out,
         train,
         pairs=request.pairs,
@@ -230,13 +231,18 @@ def take_home(
         seed=shown.evaluation.seed,
         say=say,
     )
+    kinds_told = {(False,): "with", (True,): "without", (False, True): "with and without"}
+    of_kind = kinds_told[tuple(sorted({x.raw for x in chosen}))]
     told = (
         f"Each claim of the paper's page, turned into statistics over {stats['pairs']} pairs of "
-        f"{stats['talkers']} held-out talkers, one run for each model, and judged by rules fixed "
-        "before these models were measured (eqst.verdict). Brackets are 95 % intervals over "
-        "talkers and pairs."
+        f"{stats['talkers']} held-out talkers, one run for each model ({of_kind} normalised "
+        "features), and judged by rules fixed before these models were measured (eqst.verdict). "
+        "Brackets are 95 % intervals over talkers and pairs. "
     )
-    return tag("div", tag("p", told), insights.judged(claims.verdicts(stats)))
+    judged = claims.verdicts(stats)
+    link = tag("a", "Every figure as JSON", href=f"data/{CLAIMS}.json")
+    facts = {"commit": card.commit(), "machine": evaluate.machine(), **stats, "verdicts": judged}
+    return tag("div", tag("p", told, link, "."), insights.judged(judged)), facts
 
 
 def provenance(request: Request, runs: list[Member], data: Data) -> Html:

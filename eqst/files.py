@@ -156,9 +156,13 @@ def check_target(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any, *, overwrite: bool = True) -> None:
-    """Writes JSON (indented, strict: no NaN) by `write_atomically`, with its errors."""
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_text(path, text, overwrite=overwrite)
+    """Writes `json_text` by `write_atomically`, with its errors."""
+    write_text(path, json_text(content), overwrite=overwrite)
+
+
+def json_text(content: Any) -> str:
+    """JSON, indented and strict: no NaN."""
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_text(path: str | os.PathLike, text: str, *, overwrite: bool = True) -> None:

@@ -18,11 +18,20 @@ TITLES = {
 
 
 class Member(NamedTuple):
-    """A finished run: a name for people, its folder, its variant or kind of features, its model."""
+    """A finished run.
+
+    Attributes:
+      name: for people.
+      folder: where it lies.
+      variant: which of the paper's it is, or its kind of features.
+      raw: whether its features are not normalised (`features.normalise`).
+      run: its model.
+    """
 
     name: str
     folder: pathlib.Path
     variant: str
+    raw: bool
     run: trials.Run
 
 
@@ -66,16 +75,26 @@ def folders(workdir: str) -> list[pathlib.Path]:
 
 
 def members(workdirs: Sequence[str]) -> list[Member]:
-    """The first run given of every variant; the one whose examples are shown comes first."""
-    found: dict[str, Member] = {}
+    """The first run given of every variant, with normalised features and with raw ones; the one
+    whose examples are shown comes first."""
+    found: dict[tuple[str, bool], Member] = {}
     for workdir in workdirs:
         root = pathlib.Path(workdir)
         for folder in folders(workdir):
             config = from_card(card.card_of(folder)["config"])
-            kind = claims.variant(config)
-            if kind not in TITLES:
-                kind = config.features.kind
-            if kind not in found:
+            variant = claims.variant(config)
+            if variant not in TITLES:
+                variant = config.features.kind
+            raw = not config.features.normalise
+            if (variant, raw) not in found:
                 name = root.name if folder == root else f"{root.name}/{folder.relative_to(root)}"
-                found[kind] = Member(name, folder, kind, trials.open_run(folder))
-    return sorted(found.values(), key=lambda member: member.variant != "db_mel_pm")
+                member = Member(name, folder, variant, raw, trials.open_run(folder))
+                found[variant, raw] = member
+    return sorted(found.values(), key=lambda x: (x.raw, x.variant != "db_mel_pm"))
+
+
+def of_variants(runs: Sequence[Member]) -> dict[str, Member]:
+    """The paper's models among the runs, by variant, in the page's order; raw ones only where there
+    is no other."""
+    by_variant = {member.variant: member for member in reversed(runs)}  # raw ones come last
+    return {name: by_variant[name] for name in TITLES if name in by_variant}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -45,8 +45,16 @@ def _real(data: Data) -> bool:
     return all(source != "synthetic" for source in data.sources)
 
 
-def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Example]]:
-    """The page, and the examples whose audio goes with it.
+class Built(NamedTuple):
+    """The page, the examples whose audio goes with it, and figures by the name of their file."""
+
+    text: str
+    examples: list[examples.Example]
+    figures: dict[str, dict[str, Any]]
+
+
+def build(request: Request, say: examples.Say) -> Built:
+    """The page and what goes with it.
 
     Raises:
       ValueError: anything of what was given cannot be used; one line.
@@ -80,7 +88,7 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
             voices[kind] = scenarios.scenario(kind, held_out, matcher, say)
     sets = scenarios.of_triples(found, matcher, say)
     latents = chapters.latent_business(runs, made, train, say)
-    claims = chapters.take_home(runs, held_out, train, request, say)
+    claims, measured = chapters.take_home(runs, held_out, train, request, say)
     results = findings.read_results(pathlib.Path(request.results)) if request.results else {}
     metrics = {member.name: card.metrics_of(member.folder) for member in runs}
     how = chapters.rule(made, shown, split, data)
@@ -105,7 +113,7 @@ def build(request: Request, say: examples.Say) -> tuple[str, list[examples.Examp
     text = page.document(
         lede=chapters.lede(), facts=chapters.head(shown, made, data), parts=parts, examples=every
     )
-    return text, every
+    return Built(text, every, {chapters.CLAIMS: measured} if measured else {})
 
 
 def _named(results: dict[str, dict[str, Any]], *names: str) -> dict[str, Any] | None:
@@ -152,9 +160,11 @@ def main() -> None:
         options.results or default_results(),
         options.pairs,
     )
-    text, every = build(request, say)
-    size = site.write_site(output, text, every, overwrite=options.overwrite)
-    say(f"{output / site.INDEX}: {len(every)} examples, {size / 1e6:.1f} MB")
+    made = build(request, say)
+    size = site.write_site(
+        output, made.text, made.examples, figures=made.figures, overwrite=options.overwrite
+    )
+    say(f"{output / site.INDEX}: {len(made.examples)} examples, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import soundfile
 
-from eqst import page
+from eqst import files, page
 from eqst.examples import Example
 from eqst.files import AudioError
 
@@ -20,9 +21,21 @@ INDEX = "index.html"
 
 
 def write_site(
-    output: pathlib.Path, text: str, every: Sequence[Example], *, overwrite: bool
+    output: pathlib.Path,
+    text: str,
+    every: Sequence[Example],
+    *,
+    figures: Mapping[str, Mapping[str, Any]],
+    overwrite: bool,
 ) -> int:
     """Writes the site into a folder beside `output` and renames it into place; its size in bytes.
+
+    Args:
+      output: the folder.
+      text: the page.
+      every: the examples whose audio goes with it.
+      figures: what goes with it as data/NAME.json.
+      overwrite: whether a page that is there may be replaced.
 
     Raises:
       AudioError: as `check_output`; the disk is full.
@@ -36,7 +49,7 @@ def write_site(
         ) from None
     try:
         made.chmod(0o755)
-        for name, content in _files(text, every):
+        for name, content in _files(text, every, figures):
             path = made / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
@@ -54,8 +67,12 @@ def write_site(
     return size
 
 
-def _files(text: str, every: Sequence[Example]) -> Iterator[tuple[str, bytes]]:
+def _files(
+    text: str, every: Sequence[Example], figures: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, bytes]]:
     yield INDEX, text.encode()
+    for name, content in figures.items():
+        yield f"data/{name}.json", files.json_text(content).encode()
     for name in ("page.css", "page.js"):
         yield name, page.asset(name).encode()
     shipped: set[str] = set()

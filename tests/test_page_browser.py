@@ -122,7 +122,7 @@ def whole_page() -> tuple[str, list[examples.Example]]:
 def folder(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("site") / "page"
     text, every = whole_page()
-    site.write_site(output, text, every, overwrite=False)
+    site.write_site(output, text, every, figures={}, overwrite=False)
     return output
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import html.parser
+import itertools
 import json
 import re
 import sys
@@ -76,17 +77,18 @@ def silent(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(configure, tmp_path_factory) -> Path:
-    """A folder of the three models as a sweep leaves it, but for their training."""
+    """A folder of the three models, with normalised features and raw ones, as a sweep leaves it,
+    but for their training."""
     folder = tmp_path_factory.mktemp("sweep")
-    for name, changes in VARIANTS.items():
-        cache = {"data.cache_dir": str(folder / ".cache")}
+    for (name, changes), raw in itertools.product(VARIANTS.items(), (False, True)):
+        cache = {"data.cache_dir": str(folder / ".cache"), "features.normalise": not raw}
         made = configure(TINY | cache | changes)
         network = predictor.init(made, jax.random.key(0))
         normalisation = {
-            "mean": np.full(16, -30.0, np.float32),
-            "scale": np.full(16, 9.0, np.float32),
+            "mean": np.full(16, 0.0 if raw else -30.0, np.float32),
+            "scale": np.full(16, 1.0 if raw else 9.0, np.float32),
         }
-        workdir = folder / "variant" / name / "0"
+        workdir = folder / ("without" if raw else "variant") / name / "0"
         facts = {key: x.tolist() for key, x in normalisation.items()}
         table = dataclasses.asdict(eq.PAPER)
         checkpoint.write_card(
@@ -136,7 +138,7 @@ def proposal(runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(runs, given) -> tuple[str, list[examples.Example]]:
+def made(runs, given) -> report.Built:
     """A page of one model with recordings and results."""
     return report.build(ask(proposal(runs), **(given | {"triples": ""})), silent)
 
@@ -170,7 +172,7 @@ def part(text: str, name: str) -> str:
 
 @pytest.mark.long
 def test_it_has_every_section_of_the_seed_and_closes_its_tags(runs, given):
-    text, every = report.build(ask(runs, **given), silent)
+    text, every, measured = report.build(ask(runs, **given), silent)
     parsed = Parsed(text)
     assert parsed.open == [] and parsed.wrong == []
     names = [attributes.get("id") for name, attributes in parsed.seen if name == "section"]
@@ -200,13 +202,18 @@ def test_it_has_every_section_of_the_seed_and_closes_its_tags(runs, given):
     assert "talker &lt;" in text and "talker <" not in text.replace('"', "")
     assert "No ablation.json was given" in part(text, "ablation")
     assert part(text, "claims").count("<li") == 5 and "Measured:" in part(text, "claims")
+    assert "with and without normalised features" in part(text, "claims")
+    assert {x["normalised"] for x in measured["claims"]["models"].values()} == {True, False}
+    assert [x["claim"] for x in measured["claims"]["verdicts"]] == [1, 2, 3, 4, 5]
+    assert 'href="data/claims.json"' in part(text, "claims")
     assert "CC0-1.0" in part(text, "data")
     sources = [a[key] for _, a in parsed.seen for key in ("src", "href") if key in a]
     assert not [x for x in sources if re.match(r"(https?:|//|/)", x)]
 
 
 def test_what_is_absent_says_what_to_give(runs):
-    text, every = report.build(ask(proposal(runs)), silent)
+    text, every, figures = report.build(ask(proposal(runs)), silent)
+    assert figures == {}
     assert len(every) == 10
     for name, option in (
         ("music", "--music"),
@@ -227,8 +234,8 @@ def test_made_twice_it_is_the_same_and_its_files_are_what_it_says(runs, given, m
     again = report.build(ask(proposal(runs), **(given | {"triples": ""})), silent)
     assert again[0] == made[0]
     sums = []
-    for name, (text, every) in (("a", made), ("b", again)):
-        size = site.write_site(tmp_path / name, text, every, overwrite=False)
+    for name, (text, every, figures) in (("a", made), ("b", again)):
+        size = site.write_site(tmp_path / name, text, every, figures=figures, overwrite=False)
         files = {
             str(path.relative_to(tmp_path / name)): path.read_bytes()
             for path in sorted((tmp_path / name).rglob("*"))
@@ -237,7 +244,7 @@ def test_made_twice_it_is_the_same_and_its_files_are_what_it_says(runs, given, m
         assert size == sum(map(len, files.values())) < 60e6
         sums.append({key: hashlib.sha256(value).hexdigest() for key, value in files.items()})
     assert sums[0] == sums[1]
-    text, every = made
+    text, every, _ = made
     facts = json.loads(re.search(r'id="examples-data">(.*?)</script>', text)[1])
     assert set(facts) == {x.name for x in every}
     for example in every:
@@ -258,7 +265,7 @@ def test_made_twice_it_is_the_same_and_its_files_are_what_it_says(runs, given, m
 
 
 def test_speech_is_chosen_evenly_and_judged_right(runs, made):
-    text, every = made
+    text, every, _ = made
     speech = [x for x in every if x.name.startswith("speech")]
     ranks = [int(re.search(r"rank (\d+) of 12", x.note)[1]) for x in speech]
     assert ranks == [1, 2, 3, 5, 6, 7, 8, 10, 11, 12]
@@ -325,7 +332,10 @@ def test_sibilance_and_bass_are_levels_of_bands():
 
 def test_the_sweeps_variants_come_first_and_the_proposal_is_shown(runs):
     found = material.members([str(runs)])
-    assert [x.variant for x in found] == ["db_mel_pm", "db_mel_bl", "linear_mel_bl"]
+    assert [x.variant for x in found] == ["db_mel_pm", "db_mel_bl", "linear_mel_bl"] * 2
+    assert [x.raw for x in found] == [False] * 3 + [True] * 3
+    shown = material.of_variants(found)
+    assert list(shown) == list(material.TITLES) and not any(x.raw for x in shown.values())
     assert found[0].name == f"{runs.name}/variant/db_mel_pm/0"
     first = material.members([str(runs / "variant" / "linear_mel_bl" / "0")])
     assert [x.variant for x in first] == ["linear_mel_bl"]
@@ -458,8 +468,8 @@ def test_a_page_is_replaced_only_when_asked_and_only_a_page(runs, made, tmp_path
 
 
 def test_a_full_disk_leaves_the_old_page(made, tmp_path, monkeypatch):
-    text, every = made
-    site.write_site(tmp_path / "page", text, every[:1], overwrite=False)
+    text, every, _ = made
+    site.write_site(tmp_path / "page", text, every[:1], figures={"a": {"b": 1}}, overwrite=False)
     before = listing(tmp_path)
 
     def full(*_: object, **__: object) -> None:
@@ -467,7 +477,7 @@ def test_a_full_disk_leaves_the_old_page(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(site.soundfile, "write", full)
     with pytest.raises(OSError, match="No space"):
-        site.write_site(tmp_path / "page", text, every, overwrite=True)
+        site.write_site(tmp_path / "page", text, every, figures={}, overwrite=True)
     assert listing(tmp_path) == before
     assert (tmp_path / "page" / site.INDEX).read_text() == text
 
