@@ -181,27 +181,35 @@ def _p_value(gap_SP: np.ndarray, noise: SeedNoise) -> float | None:
 
 
 def table_text(content: dict[str, list[dict[str, Any]]], columns: list[str]) -> str:
-    """The tables as text: mean (interval), and the difference from the first level with its own.
+    """The tables as aligned Markdown: a level's mean (interval) and its difference from the first.
 
-    A star marks a difference that is clear.
+    Bold is a difference that is clear. A mean of which nothing tells how far it varies (one run,
+    and no level with two) stands alone.
     """
-    lines = []
+    blocks = []
     for factor, rows in content.items():
-        lines.append(factor.ljust(44) + "".join(f"{column:>40}" for column in columns))
+        cells = [[f"{factor} (seeds)", *columns]]
         for row in rows:
-            cells = [_cell(row, column) for column in columns]
-            lines.append(f"  {row['level']} ({row['seeds']})".ljust(44) + "".join(cells))
-        lines.append("")
-    return "\n".join(lines)
+            cells.append([f"{row['level']} ({row['seeds']})", *(_cell(row, x) for x in columns)])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = [
+            "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |"
+            for line in cells
+        ]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
-    own = gap = ""
+    words = []
     if column in row["figures"]:
         x = row["figures"][column]
-        own = f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})"
+        own = f" ({x['low']:.2f}-{x['high']:.2f})" if x["low"] < x["high"] else ""
+        words.append(f"{x['mean']:.2f}{own}")
     if column in row["differences"]:
         x = row["differences"][column]
-        star = "*" if x["clear"] else " "
-        gap = f"{x['mean']:+.2f} ({x['low']:+.2f} {x['high']:+.2f}){star}"
-    return f"{own:>17}{gap:>23}"
+        gap = f"**{x['mean']:+.2f}**" if x["clear"] else f"{x['mean']:+.2f}"
+        own = f" ({x['low']:+.2f} {x['high']:+.2f})" if x["low"] < x["high"] else ""
+        words.append(f"{gap}{own}")
+    return " ".join(words)

@@ -4,7 +4,7 @@ The config file has, beside get_config(), a generator sweep() of (factor, level,
 what each run changes of the config, dotted key by dotted key. A run is trained and evaluated in a
 folder of its own, DIR/FACTOR/LEVEL/SEED; runs with equal settings are one. The same command goes on
 where it stopped: what is done is skipped, what was interrupted resumes. At the end, and with
---gather at any time, DIR gets sweep.json, table.txt and sweep.png: means over seeds with 95 %
+--gather at any time, DIR gets sweep.json, table.md and sweep.png: means over seeds with 95 %
 intervals, and each level's difference from the first of its factor. --known=sweep.json takes over
 what was done on another machine.
 """
@@ -486,13 +486,13 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(workdir / "sweep.json", content)
     text = comparison.table_text(content["tables"], content["columns"])
-    files.write_text(workdir / "table.txt", text)
+    files.write_text(workdir / "table.md", text)
     print("\n" + text)
     try:
         charts.sweep(content, workdir / "sweep.png")
     except ImportError as error:
         print(f"note: no picture, {error}")
-    print(f"gathered: {workdir}/sweep.json, table.txt")
+    print(f"gathered: {workdir}/sweep.json, table.md")
     if failed:
         sys.exit(
             f"launch/sweep.py: {len(failed)} of {len(members)} runs failed: {', '.join(failed)}"

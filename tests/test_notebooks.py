@@ -138,7 +138,7 @@ def test_ablations_run_whole(executed):
     notebook = executed("ablations")
     text = printed(notebook)
     for variant in ("db_mel_pm", "db_mel_bl", "linear_mel_bl"):
-        assert f"  {variant} (1)" in text
+        assert f"| {variant} (1)" in text
     assert shown(notebook, "image/png") == 2
     assert "Traceback" not in text
     if (COLAB / "results" / "ablation.json").is_file():

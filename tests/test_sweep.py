@@ -202,7 +202,7 @@ def test_a_sweep_runs_goes_on_and_survives_a_failure(repo: Path, tmp_path: Path,
         f"head/{level}/{seed}" for level in ("grid", "continuous") for seed in (0, 1)
     }
     assert (tmp_path / "w/head/grid/0/heldout/errors.csv").stat().st_mtime_ns == kept
-    assert (tmp_path / "w/table.txt").read_text().count("continuous (2)") == 1
+    assert (tmp_path / "w/table.md").read_text().count("continuous (2)") == 1
     assert (tmp_path / "w/sweep.png").read_bytes().startswith(b"\x89PNG")
     # The mean in the table is that of what every run wrote for itself.
     own = [
