@@ -146,22 +146,6 @@ def matched_gains_db(takes: tuple[Take, ...]) -> list[float]:
     ]
 
 
-def apo_text(found: Settings) -> str:
-    """The settings as Equalizer APO and what follows its grammar read them, a line each.
-
-    Four decimals: a frequency with exactly three would be read as thousands. LSC and HSC are the
-    shelves whose Q is the cookbook's.
-    """
-    names = {"low_shelf": "LSC", "peaking": "PK", "high_shelf": "HSC"}
-    lines = [f"# for {found.sample_rate} Hz", f"Preamp: {found.preamp_db:.4f} dB"]
-    for number, band in enumerate(found.bands, start=1):
-        lines.append(
-            f"Filter {number}: ON {names[band.type]} Fc {band.frequency_hz:.4f} Hz "
-            f"Gain {band.gain_db:.4f} dB Q {band.q:.4f}"
-        )
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------ held-out pairs
 
 

@@ -7,8 +7,9 @@ import importlib.resources
 from collections.abc import Sequence
 from typing import Any
 
-from eqst.examples import Example, Take, apo_text, matched_gains_db, sections
+from eqst.examples import Example, Take, matched_gains_db, sections
 from eqst.markup import Html, data, details, section, signed, tag
+from eqst.settings import equalizer_apo_text
 
 TITLE = "One-shot EQ style transfer: supplementary page"
 GENERATOR = "eqst.report"
@@ -189,7 +190,7 @@ def _settings(example: Example) -> Html:
         f"Settings: {bands}",
         tag(
             "pre",
-            apo_text(found),
+            equalizer_apo_text(found),
             id=name,
             tabindex="0",
             role="region",

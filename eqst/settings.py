@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eqst import biquad, eq
-from eqst.files import AudioError, write_json
+from eqst.files import AudioError, write_json, write_text
 
 _TITLES = {"low_shelf": "low shelf", "peaking": "peaking", "high_shelf": "high shelf"}
 
@@ -110,9 +110,33 @@ def table_text(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def equalizer_apo_text(settings: Settings) -> str:
+    """The settings as Equalizer APO and what follows its grammar read them, a line each.
+
+    Four decimals: a frequency with exactly three would be read as thousands. LSC and HSC are the
+    shelves whose Q is the cookbook's.
+    """
+    names = {"low_shelf": "LSC", "peaking": "PK", "high_shelf": "HSC"}
+    lines = [f"# for {settings.sample_rate} Hz", f"Preamp: {settings.preamp_db:.4f} dB"]
+    for number, band in enumerate(settings.bands, start=1):
+        lines.append(
+            f"Filter {number}: ON {names[band.type]} Fc {band.frequency_hz:.4f} Hz "
+            f"Gain {band.gain_db:.4f} dB Q {band.q:.4f}"
+        )
+    return "\n".join(lines)
+
+
 def save(path: str | os.PathLike, settings: Settings, *, overwrite: bool = True) -> None:
-    """Writes the settings JSON, whole or not at all. Raises AudioError as `files.write_json`."""
-    write_json(path, dataclasses.asdict(settings), overwrite=overwrite)
+    """Writes the settings, whole or not at all: Equalizer APO's text where the name ends in .txt,
+    else JSON, which `load` reads.
+
+    Raises:
+      AudioError: as `files.write_json`.
+    """
+    if Path(path).suffix.lower() == ".txt":
+        write_text(path, equalizer_apo_text(settings) + "\n", overwrite=overwrite)
+    else:
+        write_json(path, dataclasses.asdict(settings), overwrite=overwrite)
 
 
 def load(path: str | os.PathLike) -> Settings:

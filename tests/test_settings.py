@@ -1,6 +1,7 @@
 """Settings: rounding, preamp, table, and the JSON that other programs read."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -88,6 +89,27 @@ def test_the_table_reads_like_a_mixing_desk():
     ]  # fmt: skip
     widths = {len(line) for line in text.splitlines()[:5]}
     assert len(widths) == 1 and widths.pop() <= 60
+
+
+def test_equalizer_apos_text_holds_the_same_equaliser(tmp_path):
+    """Read by the grammar of Equalizer APO: a number after each of Fc, Gain and Q."""
+    made = settings.from_params(PARAMS, 44_100)
+    settings.save(tmp_path / "eq.txt", made)
+    text = (tmp_path / "eq.txt").read_text()
+    comment, preamp, *filters = text.splitlines()
+    assert comment.startswith("#") and text.endswith("\n")
+    assert float(re.fullmatch(r"Preamp: (\S+) dB", preamp)[1]) == pytest.approx(made.preamp_db)
+    kinds = {"LSC": "low_shelf", "PK": "peaking", "HSC": "high_shelf"}
+    pattern = r"Filter (\d): ON (\S+) Fc (\S+) Hz Gain (\S+) dB Q (\S+)"
+    read = [re.fullmatch(pattern, line).groups() for line in filters]
+    assert [int(number) for number, *_ in read] == [1, 2, 3, 4]
+    assert [kinds[kind] for _, kind, *_ in read] == [band.type for band in made.bands]
+    numbers = np.array([row[2:] for row in read], float)
+    assert not any(re.search(r"\.\d{3}$", word) for row in read for word in row[2:])
+    wanted = [[band.frequency_hz, band.gain_db, band.q] for band in made.bands]
+    np.testing.assert_allclose(numbers, wanted, atol=5e-5)
+    with pytest.raises(AudioError, match="exists already"):
+        settings.save(tmp_path / "eq.txt", made, overwrite=False)
 
 
 def test_files_that_are_no_settings_say_so_in_one_line(tmp_path):
