@@ -13,24 +13,11 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from eqst import (
-    card,
-    chapters,
-    command,
-    corpus,
-    evaluate,
-    examples,
-    findings,
-    match,
-    material,
-    page,
-    scenarios,
-    site,
-    triples,
-)
+from eqst import card, command, corpus, evaluate, match, triples
 from eqst.config import Data
-from eqst.markup import Html
-from eqst.material import Request
+from eqst.webpage import chapters, examples, findings, material, page, scenarios, site
+from eqst.webpage.markup import Html
+from eqst.webpage.material import Request
 
 EXAMPLES = 10
 

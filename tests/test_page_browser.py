@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from eqst import biquad, eq, examples, findings, insights, page, site
-from eqst.markup import tag
+from eqst import biquad, eq
+from eqst.webpage import examples, findings, insights, page, site
+from eqst.webpage.markup import tag
 
 RATE = 44100
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -20,20 +20,14 @@ from eqst import (
     checkpoint,
     command,
     config,
-    drawing,
     eq,
-    examples,
-    insights,
     loudness,
-    markup,
-    material,
     metrics,
     predictor,
     report,
-    scenarios,
-    site,
     trials,
 )
+from eqst.webpage import drawing, examples, insights, markup, material, scenarios, site
 
 RATE = 16000
 TINY = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eqst import analysis, audio, corpus, match, metrics, pairs, triples
-from eqst.examples import Example, Say, Take, distance_db, matched, numbered, take
+from eqst.webpage.examples import Example, Say, Take, distance_db, matched, numbered, take
 
 # Seconds of input and of reference, neighbours in one piece: each pair is heard both ways round.
 MUSIC_SECONDS = ((3.0, 5.0), (4.0, 7.0), (6.0, 6.0), (5.0, 9.0), (10.0, 8.0))

@@ -7,9 +7,9 @@ import importlib.resources
 from collections.abc import Sequence
 from typing import Any
 
-from eqst.examples import Example, Take, matched_gains_db, sections
-from eqst.markup import Html, data, details, section, signed, tag
 from eqst.settings import equalizer_apo_text
+from eqst.webpage.examples import Example, Take, matched_gains_db, sections
+from eqst.webpage.markup import Html, data, details, section, signed, tag
 
 TITLE = "One-shot EQ style transfer: supplementary page"
 GENERATOR = "eqst.report"
@@ -70,8 +70,12 @@ def document(
 
 
 def asset(name: str) -> str:
-    """A file of eqst/assets as text."""
-    return importlib.resources.files("eqst").joinpath("assets", name).read_text(encoding="utf-8")
+    """A file of eqst/webpage/assets as text."""
+    return (
+        importlib.resources.files("eqst.webpage")
+        .joinpath("assets", name)
+        .read_text(encoding="utf-8")
+    )
 
 
 def _facts(example: Example) -> dict[str, Any]:

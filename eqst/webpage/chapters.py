@@ -11,21 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from eqst import (
-    card,
-    claims,
-    corpus,
-    evaluate,
-    examples,
-    findings,
-    insights,
-    latentstats,
-    page,
-    scenarios,
-)
+from eqst import card, claims, corpus, evaluate, latentstats
 from eqst.config import Config, Data, as_dict
-from eqst.markup import Html, details, missing, section, table, tag
-from eqst.material import TITLES, Member, Request, of_variants
+from eqst.webpage import examples, findings, insights, page, scenarios
+from eqst.webpage.markup import Html, details, missing, section, table, tag
+from eqst.webpage.material import TITLES, Member, Request, of_variants
 
 CLAIMS = "claims"  # the file of what is measured for them
 

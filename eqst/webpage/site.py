@@ -13,9 +13,10 @@ from typing import Any
 
 import soundfile
 
-from eqst import files, page
-from eqst.examples import Example
+from eqst import files
 from eqst.files import AudioError
+from eqst.webpage import page
+from eqst.webpage.examples import Example
 
 INDEX = "index.html"
 

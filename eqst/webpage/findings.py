@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from eqst import biquad, charts, drawing, eq
-from eqst.drawing import Curve, even_axis, frequency_axis, legend, plot
-from eqst.examples import Test, one
-from eqst.markup import Html, anchor, details, figure, missing, signed, table, tag
+from eqst import biquad, charts, eq
+from eqst.webpage import drawing
+from eqst.webpage.drawing import Curve, even_axis, frequency_axis, legend, plot
+from eqst.webpage.examples import Test, one
+from eqst.webpage.markup import Html, anchor, details, figure, missing, signed, table, tag
 
 LOW_HZ, HIGH_HZ = 30.0, 20000.0
 OCTAVES_HZ = (63, 125, 250, 500, 1000, 2000, 4000, 8000, 16000)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eqst import claims, corpus, drawing, latents, latentstats, trials
-from eqst.examples import Test
-from eqst.markup import Html, anchor, details, missing, signed, table, tag
+from eqst import claims, corpus, latents, latentstats, trials
+from eqst.webpage import drawing
+from eqst.webpage.examples import Test
+from eqst.webpage.markup import Html, anchor, details, missing, signed, table, tag
 
 SPREAD_PAIRS = 64  # train pairs for that deviation
 FULL_COLOUR = 99.5  # percentile of magnitudes

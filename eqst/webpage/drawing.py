@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eqst.markup import Html, tag
+from eqst.webpage.markup import Html, tag
 
 WIDTH, HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 10, 40

@@ -1,0 +1,1 @@
+"""The supplementary page, section by section; `eqst.report` is its command."""
