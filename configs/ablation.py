@@ -7,6 +7,10 @@ The standard data are synthetic talkers and the permissive train rows of the fol
 colon (its manifest.csv lies in the folder above); without a folder, synthetic talkers alone, and
 the levels that need recordings are left out. Seed s holds out fold s of five of the train talkers,
 so that the validation errors of the five seeds are one cross-validation.
+
+A run is 128,000 pairs: 100 seconds where fifteen share an H100, 14 to 22 minutes of two CPU cores.
+All 220 are half an hour of the former, or two to three days of the latter; five seeds of the
+variants and one of the rest (--only='^variant/|/0$') are 56 runs, 13 to 20 hours of two cores.
 """
 
 from eqst import recipes
@@ -123,28 +127,51 @@ FACTORS: dict[str, dict[str, dict]] = {
         },
         "learned comparison": {"features.scale": "linear"},
     },
-    "without normalisation": {
-        "db_mel_pm, with": {},
-        "db_mel_pm, without": {"features.normalise": False},
-        "db_mel_bl, without": {"features.normalise": False, "model.comparison": "subtract"},
-        "linear_mel_bl, without": {
+    "comparison, 1024 hidden": {
+        "subtraction": {"model.comparison": "subtract", "model.hidden": 1024},
+        "learned": {"model.hidden": 1024},
+    },
+    "normalisation, db_mel_pm": {
+        "with": {},
+        "without": {"features.normalise": False},
+    },
+    "normalisation, db_mel_bl": {
+        "with": {"model.comparison": "subtract"},
+        "without": {"features.normalise": False, "model.comparison": "subtract"},
+    },
+    "normalisation, linear_mel_bl": {
+        "with": {"model.comparison": "subtract", "features.scale": "linear"},
+        "without": {
             "features.normalise": False,
             "model.comparison": "subtract",
             "features.scale": "linear",
         },
     },
+    "comparison, without normalisation": {
+        "subtraction": {"features.normalise": False, "model.comparison": "subtract"},
+        "learned": {"features.normalise": False},
+    },
 }
 
-# What takes recordings: how much of which kind.
+# What takes recordings: which kind, and how much of it. A seed's fold leaves four fifths.
 SYNTHETIC = {"data.sources": ("synthetic",), "data.source_weights": (1.0,)}
-DATA: dict[str, dict] = {
-    "permissive and synthetic": {},
-    "synthetic": SYNTHETIC,
-    "synthetic, 32 talkers": {**SYNTHETIC, "data.synthetic_talkers": 32},
-    "permissive": {"data.source_weights": (1.0, 0.0)},
-    "half of the permissive": {"data.source_weights": (1.0, 0.0), "data.folds": 2},
-    "all real": {"data.source_weights": (1.0, 0.0), "data.permissive_only": False},
-    "all real and synthetic": {"data.permissive_only": False},
+PERMISSIVE = {"data.source_weights": (1.0, 0.0)}
+DATA: dict[str, dict[str, dict]] = {
+    "data": {
+        "permissive and synthetic": {},
+        "synthetic": SYNTHETIC,
+        "permissive": PERMISSIVE,
+        "all real": {**PERMISSIVE, "data.permissive_only": False},
+        "all real and synthetic": {"data.permissive_only": False},
+    },
+    "amount of real speech": {
+        "four fifths of the permissive": PERMISSIVE,
+        "half of the permissive": {**PERMISSIVE, "data.folds": 2},
+    },
+    "amount of synthetic speech": {
+        "four fifths of 320 talkers": SYNTHETIC,
+        "four fifths of 32 talkers": {**SYNTHETIC, "data.synthetic_talkers": 32},
+    },
 }
 
 # These levels say a factor of what `get_config` has.
@@ -177,7 +204,7 @@ def sweep(folder=""):
     base = get_config(folder)
     others = {name: levels for name, levels in FACTORS.items() if name != "variant"}
     if folder:
-        others["data"] = DATA
+        others |= DATA
     for factors in (variants, others):
         for seed in range(SEEDS):
             for factor, levels in factors.items():

@@ -5,8 +5,9 @@ judged on the same pairs, so that two levels are compared pair by pair and seed 
 
 Two things are left to chance, and both are in every interval. Which talkers and pairs were drawn:
 bootstrap, talkers first, then the pairs of each. Which seed (and fold of the train talkers) a run
-had: a deviation whose variance is pooled over all levels of a sweep that have two seeds or more, as
-in an analysis of variance. So a level with one seed has an honest, wide interval too.
+had: a deviation whose variance is pooled, as in an analysis of variance, over the levels of a sweep
+that are of one kind and have two seeds or more. So a level with one seed has an honest, wide
+interval too, as long as its kind varies alike.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ class Level(NamedTuple):
       seeds: [S] which seeds.
       error_SP: shape RMSE in dB.
       talker_P: whose the pairs are.
+      pairs: what else decides the pairs; levels of other pairs are not compared.
+      kind: which levels vary alike from seed to seed.
     """
 
     seeds: tuple[int, ...]
     error_SP: np.ndarray
     talker_P: np.ndarray
+    pairs: str
+    kind: str
 
 
 class SeedNoise(NamedTuple):
@@ -55,6 +60,17 @@ def seed_noise(means: list[np.ndarray]) -> SeedNoise:
     return SeedNoise(math.sqrt(squares / freedom), freedom)
 
 
+def _noise_by_kind(groups: list[tuple[str, np.ndarray]]) -> dict[str, SeedNoise]:
+    """`seed_noise` of every kind among (kind, [S] means); of all together where a kind has no two
+    seeds."""
+    of_all = seed_noise([mean_S for _, mean_S in groups])
+    found = {}
+    for kind in {kind for kind, _ in groups}:
+        own = seed_noise([mean_S for other, mean_S in groups if other == kind])
+        found[kind] = own if own.freedom else of_all
+    return found
+
+
 def interval(
     error_SP: np.ndarray, talker_P: np.ndarray, noise: SeedNoise, seed: int = 0
 ) -> dict[str, float]:
@@ -68,15 +84,21 @@ def interval(
     return {"mean": float(error_SP.mean()), "low": float(low), "high": float(high)}
 
 
+def comparable(level: Level, base: Level) -> bool:
+    """Whether both have the same pairs, and a seed in common."""
+    same = level.pairs == base.pairs and np.array_equal(level.talker_P, base.talker_P)
+    return same and bool(set(level.seeds) & set(base.seeds))
+
+
 def gaps(level: Level, base: Level) -> np.ndarray:
     """[S, P] level minus base on the seeds that both have.
 
     Raises:
-      ValueError: no seed in common, or other pairs.
+      ValueError: they are not `comparable`.
     """
-    common = [s for s in level.seeds if s in base.seeds]
-    if not common or not np.array_equal(level.talker_P, base.talker_P):
+    if not comparable(level, base):
         raise ValueError("levels are compared on seeds and pairs that both have: there are none")
+    common = [s for s in level.seeds if s in base.seeds]
     return np.stack(
         [level.error_SP[level.seeds.index(s)] - base.error_SP[base.seeds.index(s)] for s in common]
     )
@@ -98,8 +120,8 @@ def tables(
     """One table for each factor: a row for each level, compared with the factor's first.
 
     Args:
-      levels: {factor: {level: {column: Level}}}; a column that the factor's first lacks is not
-        compared.
+      levels: {factor: {level: {column: Level}}}; a column is compared with the factor's first
+        where they are `comparable`.
 
     Returns:
       {factor: [{level, base, seeds, figures: {column: mean, low, high}, differences: {column:
@@ -112,18 +134,21 @@ def tables(
     every = [columns for rows in levels.values() for columns in rows.values()]
     names = list(dict.fromkeys(name for columns in every for name in columns))
     compared: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in names}
+    kinds: dict[tuple[str, str], str] = {}  # of differences: of both sides
     for factor, rows in levels.items():
         base = next(iter(rows.values()))
         for level, columns in rows.items():
             for name in columns:
-                if columns is not base and name in base:
+                if columns is not base and name in base and comparable(columns[name], base[name]):
                     compared[name][factor, level] = gaps(columns[name], base[name])
+                    both = sorted({columns[name].kind, base[name].kind})
+                    kinds[factor, level] = " and ".join(both)
     # A factor's first level is mostly the same runs as another's: they count once.
     own_noise = {
-        name: seed_noise(
+        name: _noise_by_kind(
             list(
                 {
-                    x[name].error_SP.tobytes(): x[name].error_SP.mean(axis=1)
+                    x[name].error_SP.tobytes(): (x[name].kind, x[name].error_SP.mean(axis=1))
                     for x in every
                     if name in x
                 }.values()
@@ -132,16 +157,25 @@ def tables(
         for name in names
     }
     gap_noise = {
-        name: seed_noise([gap_SP.mean(axis=1) for gap_SP in compared[name].values()])
+        name: _noise_by_kind(
+            list(
+                {
+                    gap_SP.tobytes(): (kinds[place], gap_SP.mean(axis=1))
+                    for place, gap_SP in compared[name].items()
+                }.values()
+            )
+        )
         for name in names
     }
     differences: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for name in names:
         found = differences[name] = {
             place: {
-                **interval(gap_SP, levels[place[0]][place[1]][name].talker_P, gap_noise[name]),
+                **interval(
+                    gap_SP, levels[place[0]][place[1]][name].talker_P, gap_noise[name][kinds[place]]
+                ),
                 "seeds": len(gap_SP),
-                "p": _p_value(gap_SP, gap_noise[name]),
+                "p": _p_value(gap_SP, gap_noise[name][kinds[place]]),
             }
             for place, gap_SP in compared[name].items()
         }
@@ -158,7 +192,7 @@ def tables(
                 "base": row == 0,
                 "seeds": max(len(x.seeds) for x in columns.values()),
                 "figures": {
-                    name: interval(x.error_SP, x.talker_P, own_noise[name])
+                    name: interval(x.error_SP, x.talker_P, own_noise[name][x.kind])
                     for name, x in columns.items()
                 },
                 "differences": {
@@ -183,11 +217,12 @@ def _p_value(gap_SP: np.ndarray, noise: SeedNoise) -> float | None:
 def table_text(content: dict[str, list[dict[str, Any]]], columns: list[str]) -> str:
     """The tables as aligned Markdown: a level's mean (interval) and its difference from the first.
 
-    Bold is a difference that is clear. A mean of which nothing tells how far it varies (one run,
+    Bold is a difference that is clear. A factor of one level is left out. A mean of which nothing tells how far it varies (one run,
     and no level with two) stands alone.
     """
     blocks = []
-    for factor, rows in content.items():
+    compared = {factor: rows for factor, rows in content.items() if len(rows) > 1}
+    for factor, rows in compared.items():
         cells = [[f"{factor} (seeds)", *columns]]
         for row in rows:
             cells.append([f"{row['level']} ({row['seeds']})", *(_cell(row, x) for x in columns)])

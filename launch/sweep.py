@@ -38,7 +38,7 @@ TRIES = 2  # of a run that fails
 VALID = "cross-validation"  # the column of errors on held-out train talkers
 # A run's own error on held-out train talkers is of the same pairs as another's unless these differ.
 OTHER_PAIRS = re.compile(
-    r"eq_table|data\.(sources|source_weights|manifest|permissive_only|folds|fold|protocol"
+    r"eq_table|data\.(sources|source_weights|manifest|permissive_only|folds|protocol|different_.*"
     r"|segment_seconds|context_seconds|synthetic_.*|min_loudness_lufs|sample_rate)"
 )
 
@@ -109,8 +109,15 @@ def _safe(text: str) -> str:
 
 
 def done(workdir: pathlib.Path, member: Member) -> bool:
-    """Whether a member has been trained and evaluated."""
-    return (workdir / member.name / "heldout" / "errors.csv").is_file()
+    """Whether a member has been trained and evaluated, with these settings.
+
+    One of other settings is not done: training will refuse its folder, and say what differs.
+    """
+    folder = workdir / member.name
+    if not (folder / "heldout" / "errors.csv").is_file():
+        return False
+    stored = config.from_card(card.card_of(folder)["config"])
+    return not differing_keys(_result_settings(stored), _result_settings(member.config))
 
 
 def prepare(members: list[Member], data: str, manifest: str) -> None:
@@ -311,13 +318,13 @@ def known_line(path: str, known: int, members: list[Member]) -> str:
     stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     if known or "first_settings" not in stored:
         return line
-    differing = differing_keys(stored["first_settings"], _result_settings(members[0]))
+    differing = differing_keys(stored["first_settings"], _result_settings(members[0].config))
     return f"{line}; its first run differs from this one's in {'; '.join(differing) or 'nothing'}"
 
 
-def _result_settings(member: Member) -> dict[str, Any]:
+def _result_settings(settings: config.Config) -> dict[str, Any]:
     """The settings, but for what changes no result."""
-    plain = config.as_dict(member.config)
+    plain = config.as_dict(settings)
     plain["data"].pop("cache_dir")
     for key in ("devices", "log_every", "checkpoint_every", "tensorboard"):
         plain["train"].pop(key)
@@ -325,7 +332,7 @@ def _result_settings(member: Member) -> dict[str, Any]:
 
 
 def _settings_hash(member: Member) -> str:
-    return card.digest(json.dumps(_result_settings(member), sort_keys=True))[:16]
+    return card.digest(json.dumps(_result_settings(member.config), sort_keys=True))[:16]
 
 
 def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -345,6 +352,7 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
     order = dict.fromkeys((place.factor, place.level) for place in places)
     levels: dict[str, dict[str, dict[str, comparison.Level]]] = {}
     skipped: set[str] = set()  # factors whose first level is missing
+    first_pairs: dict[str, str] = {}  # a factor's first level's, by factor
     for factor, level in order:
         seeds = tuple(sorted(place[2] for place in at if place[:2] == (factor, level)))
         if not seeds and factor not in levels:
@@ -357,14 +365,19 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
                 seeds,
                 np.array([outcomes[member.name].columns[name] for member in own]),
                 np.array(talkers[name]),
+                own[0].config.eq_table,  # whose labels the pairs have
+                _kind(own[0]),
             )
             for name in talkers
         }
         valid = [outcomes[member.name].facts["cross_validation_db"] for member in own]
-        first = at[factor, next(iter(levels[factor])), seeds[0]] if factor in levels else own[0]
-        if None not in valid and _same_pairs(first, own[0]):
+        pairs = _pairs_of(own[0])
+        if None not in valid and (factor not in first_pairs or first_pairs[factor] == pairs):
             # One number a run: its interval is of the seeds and folds alone.
-            columns[VALID] = comparison.Level(seeds, np.array(valid)[:, None], np.array(["all"]))
+            columns[VALID] = comparison.Level(
+                seeds, np.array(valid)[:, None], np.array(["all"]), pairs, _kind(own[0])
+            )
+        first_pairs.setdefault(factor, pairs)
         levels.setdefault(factor, {})[level] = columns
     return {
         "command": command.line("launch/sweep.py"),
@@ -373,7 +386,7 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
         "budget": _budget(finished),
         "data": _data(finished),
         "columns": [*talkers, VALID],
-        "first_settings": _result_settings(members[0]),
+        "first_settings": _result_settings(members[0].config),
         "tables": comparison.tables(levels),
         "talkers": talkers,
         "members": [
@@ -392,9 +405,16 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
     }
 
 
-def _same_pairs(a: Member, b: Member) -> bool:
-    changed = differing_keys(config.as_dict(a.config), config.as_dict(b.config))
-    return not any(OTHER_PAIRS.match(line.split(":")[0]) for line in changed)
+def _pairs_of(member: Member) -> str:
+    """What decides the pairs of train talkers that a run holds out, but for the fold (a seed's)."""
+    blank = config.as_dict(config.Config())
+    lines = differing_keys(blank, config.as_dict(member.config))
+    return "; ".join(line for line in lines if OTHER_PAIRS.match(line.split(":")[0]))
+
+
+def _kind(member: Member) -> str:
+    """Runs that vary alike from seed to seed: those on linear features do so far more."""
+    return member.config.features.scale
 
 
 def _data(finished: list[Member]) -> str:

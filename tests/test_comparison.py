@@ -7,7 +7,11 @@ import pytest
 import scipy.stats
 
 from eqst import comparison, metrics
-from eqst.comparison import Level, SeedNoise
+from eqst.comparison import SeedNoise
+
+
+def Level(seeds, error_SP, talker_P, pairs="", kind="db") -> comparison.Level:  # noqa: N802
+    return comparison.Level(seeds, error_SP, talker_P, pairs, kind)
 
 
 def test_seed_noise_is_the_pooled_standard_deviation() -> None:
@@ -85,11 +89,46 @@ def test_p_is_the_paired_t_test_where_one_level_is_compared() -> None:
     assert "c" not in tables["x"][0]["differences"]
 
 
+def test_what_is_not_comparable_is_shown_and_not_compared() -> None:
+    talker_P = np.array(["a", "a", "b", "b"])
+    base = Level((0, 1), np.array([[1.0, 2, 3, 4], [1.1, 2.2, 3, 4]]), talker_P)
+    rows = {
+        "base": {"c": base},
+        "other labels": {"c": base._replace(error_SP=base.error_SP + 1, pairs="practical")},
+        "other seeds": {"c": base._replace(seeds=(2, 3))},
+        "same": {"c": base._replace(error_SP=base.error_SP + 1)},
+    }
+    table = comparison.tables({"f": rows})["f"]
+    assert [list(row["differences"]) for row in table] == [[], [], [], ["c"]]
+    assert all("c" in row["figures"] for row in table)
+
+
+def test_kinds_that_vary_otherwise_have_their_own_noise() -> None:
+    rng = np.random.default_rng(5)
+    talker_P = np.repeat(np.arange(10), 4)
+
+    def level(scale: float, kind: str, seeds: int = 5) -> dict[str, comparison.Level]:
+        noise_S = scale * rng.standard_normal(seeds)
+        errors = np.full((seeds, 40), 2.0) + noise_S[:, None]
+        return {"c": Level(tuple(range(seeds)), errors, talker_P, kind=kind)}
+
+    rows = {"db": level(0.01, "db"), "more": level(0.01, "db"), "one": level(0.01, "db", 1)}
+    rows |= {"linear": level(0.5, "linear"), "odd": level(0.1, "odd", 1)}
+    table = {row["level"]: row for row in comparison.tables({"f": rows})["f"]}
+    width = {
+        name: row["differences"]["c"]["high"] - row["differences"]["c"]["low"]
+        for name, row in table.items()
+        if name != "db"
+    }
+    assert width["more"] < width["one"] < 0.3 < width["linear"]
+    assert width["odd"] > 0.3  # nothing is known of its kind, so it has the noise of all
+
+
 def test_a_level_of_one_seed_gets_the_noise_of_the_others() -> None:
     rng = np.random.default_rng(8)
     talker_P = np.repeat(np.arange(10), 4)
 
-    def level(seeds: tuple[int, ...], shift: float) -> dict[str, Level]:
+    def level(seeds: tuple[int, ...], shift: float) -> dict[str, comparison.Level]:
         noise_S = rng.normal(0, 0.2, len(seeds))
         return {
             "c": Level(seeds, np.full((len(seeds), 40), 2.0) + shift + noise_S[:, None], talker_P)

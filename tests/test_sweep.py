@@ -1,5 +1,6 @@
 """launch/sweep.py: what it expands to, that it goes on, that one failure takes no other down."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from eqst import card, config
 
 CONFIG = """
 from eqst import recipes
@@ -129,9 +132,12 @@ def test_dry_run_names_what_changes(repo: Path, tmp_path: Path, config_file: Pat
     assert not (tmp_path / "none").exists()
 
 
-def write_member(folder: Path, errors: list[float], valid: float) -> None:
+def write_member(folder: Path, member, errors: list[float], valid: float) -> None:
     """What a finished run leaves, made by hand."""
     (folder / "heldout").mkdir(parents=True)
+    card.write_card(
+        folder, {"config": config.as_dict(member.config), "normalisation": {}, "band_table": {}}
+    )
     rows = [f"plain,3,{i},talker{i // 2},model,{x}" for i, x in enumerate(errors)]
     text = "protocol,seconds,pair,talker,method,shape_rmse_db\n" + "\n".join(rows) + "\n"
     (folder / "heldout" / "errors.csv").write_text(text)
@@ -147,8 +153,9 @@ def test_gathering_by_hand_and_from_another_machine(
     members = members_of(sweep, config_file)
     errors = {"head/grid/0": [1.0, 2.0, 3.0, 4.0], "head/grid/1": [1.1, 2.1, 3.1, 4.1]}
     errors |= {"head/continuous/0": [2.0, 3.0, 4.0, 5.0]}
+    by_name = {member.name: member for member in members}
     for name, values in errors.items():
-        write_member(tmp_path / "a" / name, values, 2.0)
+        write_member(tmp_path / "a" / name, by_name[name], values, 2.0)
     outcomes = {
         member.name: sweep.outcome(tmp_path / "a", member)
         for member in members
@@ -177,10 +184,38 @@ def test_gathering_by_hand_and_from_another_machine(
     assert sweep.known_line(str(path), 3, members).startswith("known: 3 of the ")
 
 
+def test_a_run_of_other_settings_is_not_done(
+    sweep: types.ModuleType, tmp_path: Path, config_file: Path
+) -> None:
+    member = members_of(sweep, config_file)[0]
+    write_member(tmp_path / member.name, member, [1.0, 2.0], 2.0)
+    train = dataclasses.replace(member.config.train, checkpoint_every=7)  # changes no result
+    assert sweep.done(
+        tmp_path, member._replace(config=dataclasses.replace(member.config, train=train))
+    )
+    train = dataclasses.replace(member.config.train, steps=5)
+    assert not sweep.done(
+        tmp_path, member._replace(config=dataclasses.replace(member.config, train=train))
+    )
+
+
+def test_a_missing_first_run_costs_its_differences_alone(
+    sweep: types.ModuleType, tmp_path: Path, config_file: Path
+) -> None:
+    members = {member.name: member for member in members_of(sweep, config_file)}
+    for name in ("head/grid/1", "head/continuous/0"):
+        write_member(tmp_path / name, members[name], [1.0, 2.0], 2.0)
+    outcomes = {
+        name: sweep.outcome(tmp_path, x) for name, x in members.items() if sweep.done(tmp_path, x)
+    }
+    grid, continuous = sweep.gather(list(members.values()), outcomes)["tables"]["head"]
+    assert grid["figures"].keys() == continuous["figures"].keys() and not continuous["differences"]
+
+
 def test_other_pairs_are_not_compared(sweep: types.ModuleType, tmp_path: Path, config_file: Path):
     members = members_of(sweep, config_file)
-    write_member(tmp_path / members[0].name, [1.0, 2.0], 2.0)
-    write_member(tmp_path / members[1].name, [1.0, 2.0, 3.0, 4.0], 2.0)
+    write_member(tmp_path / members[0].name, members[0], [1.0, 2.0], 2.0)
+    write_member(tmp_path / members[1].name, members[1], [1.0, 2.0, 3.0, 4.0], 2.0)
     outcomes = {m.name: sweep.outcome(tmp_path, m) for m in members[:2]}
     with pytest.raises(ValueError, match="different pairs"):
         sweep.gather(members, outcomes)
