@@ -217,8 +217,8 @@ def _p_value(gap_SP: np.ndarray, noise: SeedNoise) -> float | None:
 def table_text(content: dict[str, list[dict[str, Any]]], columns: list[str]) -> str:
     """The tables as aligned Markdown: a level's mean (interval) and its difference from the first.
 
-    Bold is a difference that is clear. A factor of one level is left out. A mean of which nothing tells how far it varies (one run,
-    and no level with two) stands alone.
+    Bold is a difference that is clear. A factor of one level is left out. A mean of which nothing
+    tells how far it varies (one run, and no level with two) stands alone.
     """
     blocks = []
     compared = {factor: rows for factor, rows in content.items() if len(rows) > 1}

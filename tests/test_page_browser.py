@@ -206,6 +206,15 @@ def test_every_player_loads_and_plays(open_page):
     assert len({x[1] for x in played}) == 6
 
 
+def names_of(shown, selector: str) -> list[str]:
+    """What a screen reader calls them."""
+    return shown.evaluate(
+        """(selector) => Array.from(document.querySelectorAll(selector)).map((x) =>
+          x.getAttribute("aria-label") || x.querySelector("legend").textContent)""",
+        selector,
+    )
+
+
 def test_what_the_page_renders_is_what_scipy_renders(open_page, folder):
     """The spectrum of an impulse-like noise through the page's filters, to 1e-4 dB of float64."""
     shown = open_page()
@@ -263,7 +272,7 @@ def test_switching_makes_no_click_and_keeps_the_loudness(open_page):
     shown = open_page(bypass_csp=True)  # for the worklet that listens, not for the page
     here = group(shown)
     here.locator(".play").click()
-    until(shown, "EQST.contexts.size > 0 && document.querySelector('.play[aria-pressed=true]')")
+    until(shown, "EQST.contexts.size > 0 && document.querySelector('.play[data-running=true]')")
     shown.evaluate(
         """async (code) => {
           const {context, output} = EQST.contexts.get(44100);
@@ -293,10 +302,26 @@ def test_switching_makes_no_click_and_keeps_the_loudness(open_page):
         shown.wait_for_timeout(5 if step % 4 else 60)
     here.locator("input[type=checkbox]").click()
     here.locator(".play").focus()
+    seek = here.locator("input[type=range]")
     for key in ("ArrowRight", "ArrowLeft"):
         shown.keyboard.press(key)
         shown.wait_for_timeout(80)
+    for step in range(24):  # dragged, and switched before the dragged-to place has begun
+        seek.evaluate(
+            "(x, at) => { x.value = at; x.dispatchEvent(new Event('input')); }", 0.2 + 0.05 * step
+        )
+        if step % 5 == 0:
+            shown.keyboard.press(str(1 + step % 3))
+        shown.wait_for_timeout(10)
     jump, peak = shown.evaluate("ask()")
+    alone = []
+    for _ in range(2):  # the second time, the one that is chosen is told again to be heard alone
+        shown.wait_for_timeout(300)
+        shown.evaluate("ask()")
+        shown.wait_for_timeout(250)
+        alone.append(shown.evaluate("ask()")[1])
+        shown.keyboard.press(str(1 + 20 % 3))
+    assert alone[0] == pytest.approx(alone[1], rel=0.02) and alone[0] > 0.05
     loudest = max(1.0, *(10 ** (x["match_db"] / 20) for x in facts)) * 10 ** (1 / 20)
     assert peak > 0.1
     assert jump < 1.25 * SLOPE * max(loudest, peak / TONE_RMS_PEAK), (jump, SLOPE, peak)
@@ -317,13 +342,13 @@ def test_keys_play_switch_and_move(open_page):
     )
     play.focus()
     shown.keyboard.press("Space")
-    until(shown, "document.querySelector('.play').getAttribute('aria-pressed') === 'true'")
+    until(shown, "document.querySelector('.play').dataset.running === 'true'")
     assert play.inner_text() == "Pause" and said.inner_text().startswith("Input")
     shown.keyboard.press("3")
     assert said.inner_text().startswith("Processed")
     assert here.locator("input[type=radio]").nth(2).is_checked()
     shown.keyboard.press("Space")
-    assert play.get_attribute("aria-pressed") == "false"
+    assert play.get_attribute("data-running") == "false"
     before = float(seek.input_value())
     shown.keyboard.press("ArrowRight")
     expected = min(before + 1.0, 1.99)
@@ -338,8 +363,8 @@ def test_keys_play_switch_and_move(open_page):
     other = group(shown, "noise")
     play.click()
     other.locator(".play").click()  # one at a time
-    until(shown, "document.querySelectorAll('.play[aria-pressed=true]').length === 1")
-    assert play.get_attribute("aria-pressed") == "false"
+    until(shown, "document.querySelectorAll('.play[data-running=true]').length === 1")
+    assert play.get_attribute("data-running") == "false"
 
 
 def test_settings_are_copied_and_processed_audio_is_saved(open_page, folder):

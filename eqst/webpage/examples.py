@@ -229,7 +229,7 @@ def of_test(made: Test, chosen: list[int]) -> list[Example]:
             f"{made.seconds:g} s each; talker {made.talker_n[i]}."
         )
         assert ours.settings is not None
-        rows.append(Example(name, f"Example {number}", note, takes, ours.settings))
+        rows.append(Example(name, f"Speech {number}", note, takes, ours.settings))
     return rows
 
 
@@ -278,6 +278,6 @@ def distance_db(heard: Take, reference: Take) -> float:
     return metrics.ltas_distance_db(one_T, other_T, rate, kind="bands64")
 
 
-def numbered(rows: list[Example]) -> list[Example]:
-    """The examples with their places in a table as titles."""
-    return [x._replace(title=f"Example {n}") for n, x in enumerate(rows, start=1)]
+def numbered(rows: list[Example], kind: str) -> list[Example]:
+    """The examples with kind and place in its table as titles: no two of a page are alike."""
+    return [x._replace(title=f"{kind} {n}") for n, x in enumerate(rows, start=1)]

@@ -162,7 +162,7 @@ def _comparison(example: Example) -> Html:
         tag("legend", f"Compare: {example.title}"),
         tag(
             "div",
-            tag("button", "Play", type="button", cls="play", aria_pressed="false"),
+            tag("button", "Play", type="button", cls="play", data_running="false"),
             tag("span", choices, cls="choices"),
             tag(
                 "input",

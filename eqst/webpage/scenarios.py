@@ -78,7 +78,7 @@ def music(chosen: list[Excerpt], matcher: match.Matcher, say: Say) -> list[Examp
         name = f"music-{number}"
         rows += _both_ways(name, *_neighbours(name, excerpt), matcher)
         say(f"music: {len(rows)} of {2 * len(chosen)}")
-    return numbered(rows)
+    return numbered(rows, "Music")
 
 
 def _neighbours(name: str, excerpt: Excerpt) -> tuple[Take, Take, str]:
@@ -193,7 +193,7 @@ def scenario(
         second = take("Reference", f"{name}-b", good.samples_T, rate)
         rows += _both_ways(name, first, second, about, matcher)
         say(f"{kind}: {len(rows)} of {2 * len(worst)}")
-    return numbered(rows)
+    return numbered(rows, {"sibilance": "Sibilance", "bass": "Bass"}[kind])
 
 
 # ------------------------------------------------------------------------------ triples

@@ -132,14 +132,15 @@
       const at = position();
       seek.value = at.toFixed(2);
       seek.setAttribute("aria-valuetext", at.toFixed(1) + " of " + group.seconds.toFixed(1) + " seconds");
-      button.setAttribute("aria-pressed", String(self.running));
+      button.dataset.running = String(self.running);
       button.textContent = self.running ? "Pause" : "Play";
     }
 
     /* An approach begins at whatever value the audio thread has by then. A ramp would have to be
-       cancelled, and to begin at a value read here, which is late: that clicks. */
+       cancelled, and to begin at a value read here, which is late: that clicks. For takes that are
+       still to begin it begins with them, in place of the approach that waits for them there. */
     function approach(gain, value) {
-      gain.setTargetAtTime(value, context.currentTime, SWITCH_S);
+      gain.setTargetAtTime(value, Math.max(context.currentTime, began), SWITCH_S);
     }
 
     function levels() {
@@ -157,8 +158,7 @@
         const source = context.createBufferSource();
         source.buffer = faded(context, samples[i], group.rate);
         source.loop = true;
-        const node = context.createGain();
-        node.gain.setValueAtTime(0, context.currentTime);
+        const node = new GainNode(context, { gain: 0 });
         if (i === chosen()) node.gain.setTargetAtTime(level(i), began, SWITCH_S);
         source.connect(node).connect(place.output);
         source.start(began, at % source.buffer.duration);
@@ -204,7 +204,7 @@
         said.value = "cannot be played: " + error.message;
         return;
       }
-      if (mine !== asked) return; // paused, or another example, while it was loading
+      if (mine !== asked) return tell(); // paused, or another example, while it was loading
       begin(offset);
       self.running = true;
       timer = setInterval(show, 100);
@@ -254,9 +254,12 @@
     button.addEventListener("keyup", function (event) { if (event.key === " ") event.preventDefault(); });
 
     fieldset.querySelector(".save").addEventListener("click", async function () {
-      const mine = await samplesOf(group);
       const i = group.takes.findIndex((take) => take.label === "Processed");
-      save(group.takes[i].clip + ".wav", wav(mine[i], group.rate));
+      try {
+        save(group.takes[i].clip + ".wav", wav((await samplesOf(group))[i], group.rate));
+      } catch (error) {
+        said.value = "cannot be downloaded: " + error.message;
+      }
     });
     show();
   }
