@@ -49,10 +49,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         board = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         if board["format"] != FORMAT:
             raise ValueError(f"its format is {board['format']!r}, not {FORMAT}")
+        _arrange(board)
+        table_text(board)
+        _talkers(board)
         for method in board["methods"].values():
             for score in method["scores"].values():
-                score["figures"]["shape_rmse_db"]["mean"], score["errors_db"].split()
-        {row["name"]: row["talkers"].split() for row in board["tasks"]}
+                score["sha256"], score["errors_db"].split()
     except OSError as error:
         raise TasksError(f"{name} cannot be read ({error.strerror}): check the path") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -60,6 +62,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{name} is no leaderboard ({type(error).__name__}: {error}): move it away"
         ) from None
     return board
+
+
+def _talkers(board: dict[str, Any]) -> dict[str, list[str]]:
+    """The number of each pair's talker, by task."""
+    return {row["name"]: row["talkers"].split() for row in board["tasks"]}
 
 
 def load_or_empty(folder: pathlib.Path) -> dict[str, Any]:
@@ -240,18 +247,22 @@ def compare(board: dict[str, Any], first: str, second: str) -> dict[str, metrics
     """The first method's error less the second's, pair by pair, on every task both have.
 
     Raises:
-      TasksError: a method is not there, or they have no task in common.
+      TasksError: a method is not there, they have no task in common, or as many other pairs.
     """
     for name in (first, second):
         if name not in board["methods"]:
             there = ", ".join(board["methods"]) or "none"
             raise TasksError(f"--compare: no method {name!r} in the leaderboard (there: {there})")
-    talkers = {row["name"]: row["talkers"].split() for row in board["tasks"]}
+    talkers = _talkers(board)
     a, b = (board["methods"][name]["scores"] for name in (first, second))
     out = {}
     for task in (name for name in a if name in b):
         errors = [np.array(x[task]["errors_db"].split(), float) for x in (a, b)]
         count = min(len(errors[0]), len(errors[1]))
+        if len(errors[0]) == len(errors[1]) and a[task]["sha256"] != b[task]["sha256"]:
+            raise TasksError(
+                f"--compare: {first} and {second} were asked other pairs of {task}: score both here"
+            )
         out[task] = metrics.paired_difference(
             errors[0][:count], errors[1][:count], np.array(talkers[task][:count]), SEED
         )
@@ -262,8 +273,9 @@ def compare(board: dict[str, Any], first: str, second: str) -> dict[str, metrics
 
 def write(folder: pathlib.Path, board: dict[str, Any]) -> None:
     """leaderboard.json and leaderboard.txt."""
+    text = table_text(board)
     files.write_json(folder / FILES[0], board)
-    files.write_text(folder / FILES[1], table_text(board))
+    files.write_text(folder / FILES[1], text)
 
 
 def table_text(board: dict[str, Any]) -> str:

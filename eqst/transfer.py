@@ -25,7 +25,8 @@ def curve_db(
     do not matter, and what changes over time is averaged. With the project's own EQs (random of
     the paper's table, 3 s of speech, 16 bits) the shape RMSE against the true curve is 0.1 dB in
     the mean; at 1 s it is twice that (`tests/test_transfer.py`). Where the input has next to no
-    power (above a codec's edge) nothing can be measured, and the curve is held from below.
+    power (above a codec's edge) nothing can be measured, and the curve is held from below; in the
+    bass, from above.
 
     Args:
       input_T, output_T: [T] mono samples; the output may be longer, shorter or late.
@@ -37,7 +38,7 @@ def curve_db(
       [F] dB, level included.
 
     Raises:
-      AudioError: one of them is silent or not finite.
+      AudioError: one of them is silent or not finite, or no band of both can be measured.
     """
     input_T, output_T = (np.asarray(x, np.float64) for x in (input_T, output_T))
     for name, samples_T in (("input", input_T), ("output", output_T)):
@@ -54,8 +55,7 @@ def curve_db(
     rounding = step**2 / 12.0 * float(np.sum(window_T**2))
     grid_hz_G = eq.curve_grid_hz(sample_rate)
     bin_hz = sample_rate / size
-    out_G = np.zeros(len(grid_hz_G))
-    held = None
+    out_G = np.full(len(grid_hz_G), np.nan)
     for g, centre_hz in enumerate(grid_hz_G):
         half_hz = max(centre_hz * (2.0**HALF_WIDTH_OCTAVES - 1.0), LEAST_BINS * bin_hz)
         first = max(1, int(np.ceil((centre_hz - half_hz) / bin_hz)))
@@ -66,10 +66,15 @@ def curve_db(
         before, after = (float(weight_F @ power_F[bins]) for power_F in power_2F)
         after -= rounding
         if before > floor and after > rounding:
-            held = 10.0 * np.log10(after / before)
-        elif held is None:
-            continue
-        out_G[g] = held
+            out_G[g] = 10.0 * np.log10(after / before)
+        elif g > 0:
+            out_G[g] = out_G[g - 1]
+    measured_G = np.isfinite(out_G)
+    if not measured_G.any():
+        raise AudioError(
+            "no band of the output is above its rounding: no curve can be read from it"
+        )
+    out_G[~measured_G] = out_G[np.argmax(measured_G)]
     return out_G
 
 

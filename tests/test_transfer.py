@@ -72,6 +72,19 @@ def test_what_the_input_lacks_is_held_from_below():
     assert np.isfinite(curve_F).all() and np.ptp(curve_F[top_F]) < 1e-9
 
 
+def test_a_bass_that_the_input_lacks_is_held_from_above_at_any_level():
+    sos = scipy.signal.butter(12, 300, "highpass", fs=RATE, output="sos")
+    input_T = scipy.signal.sosfiltfilt(sos, scipy.signal.sosfiltfilt(sos, sound(1, 3.0)))
+    bass_F = eq.curve_grid_hz(RATE) < 80
+    for gain in (1.0, 0.1):
+        curve_F = transfer.curve_db(input_T, gain * input_T, RATE)
+        np.testing.assert_allclose(curve_F[bass_F], 20 * np.log10(gain), atol=1e-6)
+    hiss_T = np.zeros(RATE)
+    hiss_T[::2000] = 2.0**-15
+    with pytest.raises(AudioError, match="no band of the output is above its rounding"):
+        transfer.curve_db(sound(0, 1.0), hiss_T, RATE, step=2.0**-10)
+
+
 @pytest.mark.parametrize("bad", [np.zeros(RATE), np.full(RATE, np.nan)])
 def test_nothing_is_read_from_nothing(bad):
     with pytest.raises(AudioError, match="the output is silent or not finite"):
