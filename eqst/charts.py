@@ -99,7 +99,7 @@ def speed(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
       path: PNG to write.
 
     Raises:
-      ValueError: matplotlib (the extra [report]) is not installed.
+      ImportError: matplotlib (the extra [report]) is not installed.
     """
     new_figure = _figure_class()
     panels = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -81,15 +82,15 @@ def build(request: Request, say: examples.Say) -> Built:
     how = chapters.rule(made, shown, split, data)
     parts = [
         ("responses", "Frequency responses", Html(how + findings.responses(made, chosen))),
-        ("examples", "Audio examples", chapters.audio(speech, music, seconds)),
+        ("examples", "Audio examples", chapters.audio(speech, music, spec.data.segment_seconds)),
         ("latents", "Latent business", latents),
         ("claims", "Take-home claims, measured", claims),
         ("scenarios", "Application scenarios", chapters.applications(voices, sets)),
-        ("ablation", "Ablation", findings.ablation(_named(results, "ablation", "sweep"))),
+        ("ablation", "Ablation", _of(results, findings.ablation, "ablation", "sweep")),
         (
             "benchmark",
             "Open benchmark",
-            findings.leaderboard(_named(results, "benchmark_leaderboard", "leaderboard")),
+            _of(results, findings.leaderboard, "benchmark_leaderboard", "leaderboard"),
         ),
         ("seconds", "Error against seconds", findings.error_against_seconds(results)),
         ("training", "Training curves", findings.training(metrics)),
@@ -103,10 +104,21 @@ def build(request: Request, say: examples.Say) -> Built:
     return Built(text, every, {chapters.CLAIMS: measured} if measured else {})
 
 
-def _named(results: dict[str, dict[str, Any]], *names: str) -> dict[str, Any] | None:
-    """The first of the files of that name, in whatever folder."""
+def _of(
+    results: dict[str, dict[str, Any]], show: Callable[[dict[str, Any] | None], Html], *names: str
+) -> Html:
+    """What the first of the files of these names shows, in whatever folder.
+
+    Raises:
+      ValueError: it is not such a file.
+    """
     found = [key for key in results if key.split("/")[-1] in names]
-    return results[found[0]] if found else None
+    try:
+        return show(results[found[0]] if found else None)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"--results: {found[0]}.json is none of this version ({error!r}): make it anew"
+        ) from None
 
 
 # ------------------------------------------------------------------------------ the command

@@ -127,6 +127,20 @@ def corpus_of():
     return make
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium of the machine, driven by playwright; skips where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((found for name in names if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("needs a browser: install the distribution's chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright (extra [dev]) is missing")
+    with api.sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The plugin that fails skips is ours to register: it lies beside this file."""
     config.pluginmanager.register(skips)

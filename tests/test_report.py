@@ -1,5 +1,6 @@
 """The supplementary page from a trained run: what stands on it, made alike twice, mistakes."""
 
+import collections
 import dataclasses
 import hashlib
 import html.parser
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from absl import flags
+from test_page_browser import NAMES, PLAY_ALL
 
 from eqst import (
     biquad,
@@ -222,6 +224,23 @@ def test_what_is_absent_says_what_to_give(runs):
         found = part(text, name)
         assert 'class="missing"' in found and option in found, name
     assert "No run of linear_mel_bl, db_mel_bl was given" in text
+
+
+def test_a_built_page_opens_plays_and_has_a_name_for_everything(made, browser, tmp_path):
+    site.write_site(
+        tmp_path / "page", made.text, made.examples, figures=made.figures, overwrite=False
+    )
+    shown, wrong = browser.new_page(), []
+    shown.on("console", lambda x: wrong.append(x.text) if x.type == "error" else None)
+    shown.on("pageerror", lambda x: wrong.append(str(x)))
+    shown.goto((tmp_path / "page" / site.INDEX).as_uri())
+    played = shown.evaluate(PLAY_ALL)
+    assert len(played) == sum(len(x.takes) for x in made.examples) > 60
+    for names in shown.evaluate(NAMES):
+        assert len(names) > 10
+        assert [x for x, times in collections.Counter(names).items() if times > 1] == []
+    shown.close()
+    assert wrong == []
 
 
 def test_made_twice_it_is_the_same_and_its_files_are_what_it_says(runs, given, made, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import json
@@ -69,7 +70,9 @@ def rule(made: examples.Test, shown: Member, split: str, data: Data) -> Html:
     )
 
 
-def audio(speech: list[examples.Example], music: list[examples.Example], seconds: float) -> Html:
+def audio(
+    speech: list[examples.Example], music: list[examples.Example], seconds: tuple[float, ...]
+) -> Html:
     told = (
         "Speech of the pairs above. Processed is the input through the predicted settings; true "
         "EQ is the input through the EQ that the reference has."
@@ -82,8 +85,9 @@ def audio(speech: list[examples.Example], music: list[examples.Example], seconds
         level=3,
     )
     if music:
+        lengths = " and ".join(f"{x:g}" for x in seconds)
         words = (
-            f"The same model, trained on speech of {seconds:g} s, on music of various lengths, "
+            f"The same model, trained on speech of {lengths} s, on music of various lengths, "
             "with nothing retrained: neighbouring excerpts of one piece, each pair also with input "
             "and reference swapped. What differs between neighbours is content, not production, so "
             "little equalisation is the right answer."
@@ -238,7 +242,7 @@ def take_home(
 def provenance(request: Request, runs: list[Member], data: Data) -> Html:
     words = ["python", "-m", "eqst.report"]
     words += [f"--workdir={x}" for x in request.workdirs]
-    for name in ("data", "manifest", "music", "triples"):
+    for name in ("data", "manifest", "music", "triples", "results"):
         if getattr(request, name):
             words.append(f"--{name}={getattr(request, name)}")
     words += [f"--pairs={request.pairs}", "--output=DIR"]
@@ -323,11 +327,8 @@ def _licences(request: Request, data: Data) -> Html:
         with open(pathlib.Path(manifest).expanduser(), newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         if rows and {"licence", "path"} <= set(rows[0]):
-            counts: dict[tuple[str, str], int] = {}
-            for row in rows:
-                key = (str(pathlib.PurePosixPath(row["path"]).parent), row["licence"])
-                counts[key] = counts.get(key) or 0
-                counts[key] += 1
+            places = [(str(pathlib.PurePosixPath(x["path"]).parent), x["licence"]) for x in rows]
+            counts = collections.Counter(places)
             listed = [
                 [folder, licence, count] for (folder, licence), count in sorted(counts.items())
             ]

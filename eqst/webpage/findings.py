@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from eqst import biquad, charts, eq
+from eqst.verdict import VARIANTS
 from eqst.webpage import drawing
 from eqst.webpage.drawing import Curve, even_axis, frequency_axis, legend, plot
 from eqst.webpage.examples import Test, one
@@ -19,7 +20,7 @@ from eqst.webpage.markup import Html, anchor, details, figure, missing, signed, 
 LOW_HZ, HIGH_HZ = 30.0, 20000.0
 OCTAVES_HZ = (63, 125, 250, 500, 1000, 2000, 4000, 8000, 16000)
 MODELS_DRAWN = 5
-PAPERS = ("db_mel_pm", "db_mel_bl", "linear_mel_bl")
+PAPERS = tuple(reversed(VARIANTS))
 
 BIBTEX = """\
 @inproceedings{mimilakis2020oneshot,
@@ -186,7 +187,7 @@ def ablation(content: Mapping[str, Any] | None) -> Html:
         "talkers and pairs; below it the difference from the first level of the factor (bold), "
         "with its interval and p of a paired test, adjusted for their number (Holm). A factor of "
         "which only the first level has been run is left out. ",
-        f"Budget: {_plain(content.get('budget'))}. Data: {_plain(content.get('data'))}.",
+        f"Budget: {_plain(content['budget'])}. Data: {_plain(content['data'])}.",
     )
     tables = []
     for factor, levels in content["tables"].items():
@@ -215,13 +216,12 @@ def _ablation_cell(row: Mapping[str, Any], column: str) -> Html | str:
 
 
 def _interval(x: Mapping[str, float]) -> str:
-    return f"{x['mean']:.2f} ({x['low']:.2f}\u2013{x['high']:.2f})"
+    known = x["low"] < x["high"]  # else nothing tells how far it varies
+    return f"{x['mean']:.2f}" + (f" ({x['low']:.2f}\u2013{x['high']:.2f})" if known else "")
 
 
 def _plain(value: Any) -> str:
     """A value of a results file as words."""
-    if value is None:
-        return "not said"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -243,9 +243,7 @@ def leaderboard(content: Mapping[str, Any] | None) -> Html:
     ordered = sorted(content["leaderboard"], key=rank)
     for row in ordered:
         cells = [_interval(row["figures"][x]) if x in row["figures"] else "\u2013" for x in names]
-        seconds = row.get("seconds_per_pair")
-        cost = "\u2013" if seconds is None else f"{seconds:.3g}"
-        rows.append([row["method"], row["kind"], cost, *cells])
+        rows.append([row["method"], row["kind"], f"{row['seconds_per_pair']:.3g}", *cells])
     models = [number for number, row in enumerate(ordered) if row["kind"] == "model"]
     head = ["method", "kind", "s per pair", *names]
     caption = (
@@ -382,11 +380,10 @@ def _seconds_plot(
 
 def training(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
     """Training curves of runs: rows of metrics.jsonl by name."""
-    curves, rows, held = [], [], {}
+    curves, rows = [], []
     for number, (name, record) in enumerate(metrics.items()):
         trained = [(x["step"], x["shape_db"]) for x in record if "shape_db" in x]
         valid = [(x["step"], x["valid_shape_db"]) for x in record if "valid_shape_db" in x]
-        held[name] = bool(valid)
         shown = valid or trained
         if not shown:
             continue
@@ -417,7 +414,7 @@ def training(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
         curves,
         even_axis("steps", 0.0, last, steps=4),
         even_axis("shape error (dB)", 0.0, top, zero=True),
-        title="Shape error on train talkers held out, while training",
+        title="Shape error while training",
         words=words + ".",
         height=240,
     )

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from eqst import card, claims, trials
 from eqst.config import from_card
+from eqst.verdict import VARIANTS
 
 # The paper's three models by their name in configs/: what the seed's page calls them.
-TITLES = {
-    "linear_mel_bl": "Baseline model",
-    "db_mel_bl": "Baseline model with dB valued representation",
-    "db_mel_pm": "Proposed model with dB valued representation",
-}
+_TITLES = (
+    "Baseline model",
+    "Baseline model with dB valued representation",
+    "Proposed model with dB valued representation",
+)
+TITLES = dict(zip(VARIANTS, _TITLES, strict=True))
 
 
 class Member(NamedTuple):

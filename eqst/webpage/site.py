@@ -39,7 +39,8 @@ def write_site(
       overwrite: whether a page that is there may be replaced.
 
     Raises:
-      AudioError: as `check_output`; the disk is full.
+      AudioError: as `check_output`.
+      OSError: the disk is full; what was there is as it was.
     """
     check_output(output, overwrite=overwrite)
     try:
