@@ -1,6 +1,7 @@
 """The shape of the project, read from its syntax trees: who may import what, what is refused."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,3 +188,10 @@ def test_modules_import_together_without_their_heavy_parts() -> None:
     command = [sys.executable, "-W", "error", "-c", IMPORT_TOGETHER, *sorted(names)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    links = [x for x in re.findall(r"\]\(([^)]+)\)", text) if not x.startswith(("http", "#"))]
+    assert len(links) > 10
+    assert [x for x in links if not (REPO / x).exists()] == []
