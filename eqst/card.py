@@ -230,6 +230,12 @@ def is_exported(path_stem: str | os.PathLike[str]) -> bool:
     return not stem.is_dir() and stem.with_name(f"{stem.name}.npz").is_file()
 
 
+def exported_in(folder: str | os.PathLike[str]) -> list[epath.Path]:
+    """The paths, without the ending, of the weights that were exported into a folder."""
+    stems = sorted(path.with_suffix("") for path in epath.Path(folder).glob("*.npz"))
+    return [stem for stem in stems if is_exported(stem)]
+
+
 def card_of(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The card of a run or of exported weights, whose arrays are not read for it.
 

@@ -34,6 +34,7 @@ from eqst.card import (
     CheckpointError,
     DamagedCard,
     Loaded,
+    exported_in,
     is_exported,
     load_weights,
     metrics_of,
@@ -319,7 +320,7 @@ def _runs_in(folder: epath.Path) -> list[epath.Path]:
     """The folder where it is a run, or what is in and below it; says where there is nothing."""
     if _is_run(folder):
         return [folder]
-    weights = [x.with_suffix("") for x in folder.glob("*.npz") if is_exported(x.with_suffix(""))]
+    weights = exported_in(folder)
     inside = [x for x in folder.iterdir() if x.is_dir() and not x.name.startswith(".")]
     below = [x for x in inside if not os.path.islink(x)]
     if not below and not weights:

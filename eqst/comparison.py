@@ -61,12 +61,13 @@ def seed_noise(means: list[np.ndarray]) -> SeedNoise:
 
 
 def _noise_by_kind(groups: list[tuple[str, np.ndarray]]) -> dict[str, SeedNoise]:
-    """`seed_noise` of every kind among (kind, [S] means); of all together where a kind has no two
-    seeds."""
-    of_all = seed_noise([mean_S for _, mean_S in groups])
+    """`seed_noise` of every kind among (kind, [S, P]); of all together where a kind has no two
+    seeds. What is there twice counts once: a factor's first level is mostly another's too."""
+    once = {x_SP.tobytes(): (kind, x_SP.mean(axis=1)) for kind, x_SP in groups}.values()
+    of_all = seed_noise([mean_S for _, mean_S in once])
     found = {}
-    for kind in {kind for kind, _ in groups}:
-        own = seed_noise([mean_S for other, mean_S in groups if other == kind])
+    for kind in {kind for kind, _ in once}:
+        own = seed_noise([mean_S for other, mean_S in once if other == kind])
         found[kind] = own if own.freedom else of_all
     return found
 
@@ -143,29 +144,13 @@ def tables(
                     compared[name][factor, level] = gaps(columns[name], base[name])
                     both = sorted({columns[name].kind, base[name].kind})
                     kinds[factor, level] = " and ".join(both)
-    # A factor's first level is mostly the same runs as another's: they count once.
     own_noise = {
-        name: _noise_by_kind(
-            list(
-                {
-                    x[name].error_SP.tobytes(): (x[name].kind, x[name].error_SP.mean(axis=1))
-                    for x in every
-                    if name in x
-                }.values()
-            )
-        )
+        name: _noise_by_kind([(x[name].kind, x[name].error_SP) for x in every if name in x])
         for name in names
     }
     gap_noise = {
-        name: _noise_by_kind(
-            list(
-                {
-                    gap_SP.tobytes(): (kinds[place], gap_SP.mean(axis=1))
-                    for place, gap_SP in compared[name].items()
-                }.values()
-            )
-        )
-        for name in names
+        name: _noise_by_kind([(kinds[place], gap_SP) for place, gap_SP in found.items()])
+        for name, found in compared.items()
     }
     differences: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for name in names:

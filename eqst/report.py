@@ -23,12 +23,6 @@ from eqst.webpage.material import Request
 EXAMPLES = 10
 
 
-def default_results() -> str:
-    """colab/results of the clone this package lies in, or nothing."""
-    folder = pathlib.Path(__file__).resolve().parents[1] / "colab" / "results"
-    return str(folder) if folder.is_dir() else ""
-
-
 def _real(data: Data) -> bool:
     return all(source != "synthetic" for source in data.sources)
 
@@ -156,7 +150,7 @@ def main() -> None:
         options.manifest,
         options.music,
         options.triples,
-        options.results or default_results(),
+        options.results or material.default_results(),
         options.pairs,
     )
     made = build(request, say)

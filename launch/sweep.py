@@ -32,7 +32,7 @@ from ml_collections import config_flags
 
 from eqst import card, charts, command, comparison, config, corpus, evaluate, files, trials
 from eqst.record import clock
-from eqst.train import EXIT_INTERRUPTED, Interrupted, differing_keys, train
+from eqst.train import EXIT_INTERRUPTED, FREE_KEYS, Interrupted, differing_keys, train
 
 TRIES = 2  # of a run that fails
 VALID = "cross-validation"  # the column of errors on held-out train talkers
@@ -325,9 +325,9 @@ def known_line(path: str, known: int, members: list[Member]) -> str:
 def _result_settings(settings: config.Config) -> dict[str, Any]:
     """The settings, but for what changes no result."""
     plain = config.as_dict(settings)
-    plain["data"].pop("cache_dir")
-    for key in ("devices", "log_every", "checkpoint_every", "tensorboard"):
-        plain["train"].pop(key)
+    for key in (*FREE_KEYS, "train.checkpoint_every"):
+        group, name = key.split(".")
+        plain[group].pop(name)
     return plain
 
 

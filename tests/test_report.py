@@ -55,18 +55,6 @@ VARIANTS = {
 PAIRS = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _kept(tmp_path_factory):
-    """What is compiled is kept, as the command keeps it: several pages are made here."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [jax.config.values[name] for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
 def silent(_: str) -> None:
     """Takes progress lines and keeps nothing."""
 

@@ -16,7 +16,7 @@ from eqst import card, claims, corpus, evaluate, latentstats
 from eqst.config import Config, Data, as_dict
 from eqst.webpage import examples, findings, insights, page, scenarios
 from eqst.webpage.markup import Html, details, missing, section, table, tag
-from eqst.webpage.material import TITLES, Member, Request, of_variants
+from eqst.webpage.material import TITLES, Member, Request, default_results, of_variants
 
 CLAIMS = "claims"  # the file of what is measured for them
 
@@ -242,9 +242,11 @@ def take_home(
 def provenance(request: Request, runs: list[Member], data: Data) -> Html:
     words = ["python", "-m", "eqst.report"]
     words += [f"--workdir={x}" for x in request.workdirs]
-    for name in ("data", "manifest", "music", "triples", "results"):
+    for name in ("data", "manifest", "music", "triples"):
         if getattr(request, name):
             words.append(f"--{name}={getattr(request, name)}")
+    if request.results not in ("", default_results()):  # which is a path of this machine
+        words.append(f"--results={request.results}")
     words += [f"--pairs={request.pairs}", "--output=DIR"]
     rows = [
         [

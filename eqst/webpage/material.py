@@ -49,6 +49,12 @@ class Request(NamedTuple):
     pairs: int
 
 
+def default_results() -> str:
+    """colab/results of the clone this package lies in, or nothing."""
+    folder = pathlib.Path(__file__).resolve().parents[2] / "colab" / "results"
+    return str(folder) if folder.is_dir() else ""
+
+
 def folders(workdir: str) -> list[pathlib.Path]:
     """A run itself (its folder, or its exported weights), those of a folder of exported weights,
     or those of a sweep, its factor `variant` first.
@@ -66,9 +72,7 @@ def folders(workdir: str) -> list[pathlib.Path]:
     found = sorted(
         path.parent for path in root.rglob(card.CARD_NAME) if (path.parent / "checkpoints").is_dir()
     )
-    found += sorted(
-        stem for path in root.glob("*.npz") if card.is_exported(stem := path.with_suffix(""))
-    )
+    found += [pathlib.Path(stem) for stem in card.exported_in(root)]
     if not found:
         raise ValueError(
             f"--workdir={workdir} holds no run: give the folder that eqst.train or a sweep wrote to"

@@ -193,7 +193,7 @@ def scenario(
         second = take("Reference", f"{name}-b", good.samples_T, rate)
         rows += _both_ways(name, first, second, about, matcher)
         say(f"{kind}: {len(rows)} of {2 * len(worst)}")
-    return numbered(rows, {"sibilance": "Sibilance", "bass": "Bass"}[kind])
+    return numbered(rows, kind.capitalize())
 
 
 # ------------------------------------------------------------------------------ triples
