@@ -54,7 +54,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         _talkers(board)
         for method in board["methods"].values():
             for score in method["scores"].values():
-                score["sha256"], score["errors_db"].split()
+                score["sha256"], score["pairs"], score["differing_pairs"]
+                score["errors_db"].split()
     except OSError as error:
         raise TasksError(f"{name} cannot be read ({error.strerror}): check the path") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -225,22 +226,46 @@ def _task_order(board: dict[str, Any]) -> list[str]:
 
 
 def merge(board: dict[str, Any], other: dict[str, Any], *, overwrite: bool) -> list[str]:
-    """Takes another leaderboard's scores, in place; a line for each that was left out."""
+    """Takes another leaderboard's scores, in place; a line for each that was left out.
+
+    Raises:
+      TasksError: a task of the same name has other pairs there. (Pairs that are not the
+        manifest's, by another library's rounding, are marked and no reason.)
+    """
     notes = []
+    here, there = _published(board), _published(other)
+    for key in here.keys() & there.keys():
+        if here[key] != there[key]:
+            raise TasksError(
+                f"--merge: {key[0]} has other pairs there ({there[key][:12]}, here "
+                f"{here[key][:12]}): keep it in a folder of its own, or score both here"
+            )
     tasks = {row["name"]: row for row in board["tasks"]}
     for row in other["tasks"]:
         if row["name"] not in tasks or tasks[row["name"]]["pairs"] < row["pairs"]:
             tasks[row["name"]] = row
     board["tasks"] = list(tasks.values())
     for method, found in other["methods"].items():
-        mine = board["methods"].setdefault(method, {"kind": found["kind"], "scores": {}})
+        scores = board["methods"].setdefault(method, {"kind": found["kind"], "scores": {}})[
+            "scores"
+        ]
         for task, entry in found["scores"].items():
-            if task in mine["scores"] and mine["scores"][task] != entry and not overwrite:
+            if task in scores and scores[task] != entry and not overwrite:
                 notes.append(f"{method}, {task}: kept as it was (--overwrite takes the other)")
             else:
-                mine["scores"][task] = entry
+                scores[task] = entry
     _arrange(board)
     return notes
+
+
+def _published(board: dict[str, Any]) -> dict[tuple[str, int], str]:
+    """The hash of the first so many pairs of a task, by both, where all were the manifest's."""
+    return {
+        (task, score["pairs"]): score["sha256"]
+        for method in board["methods"].values()
+        for task, score in method["scores"].items()
+        if not score["differing_pairs"]
+    }
 
 
 def compare(board: dict[str, Any], first: str, second: str) -> dict[str, metrics.Difference]:

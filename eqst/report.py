@@ -47,7 +47,7 @@ def build(request: Request, say: examples.Say) -> Built:
             raise ValueError(f"--{name}={folder} is not a folder: check the path")
     chosen_music = scenarios.excerpts(pathlib.Path(request.music)) if request.music else []
     found = triples.find(pathlib.Path(request.triples)) if request.triples else []
-    runs = material.members(request.workdirs)
+    runs = material.members(request.workdirs, say)
     shown = runs[0]
     say(f"runs: {', '.join(member.name for member in runs)}; examples of {shown.name}")
     data, split = evaluate.select(shown.run.config, request.data, request.manifest, "dev")

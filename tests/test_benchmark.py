@@ -201,6 +201,20 @@ def test_leaderboards_are_merged_and_methods_compared(scored, here, command, tmp
     assert set(board["methods"]["packaged"]["scores"]) == {f"mine-3s-{x}" for x in ENDS}
 
 
+def test_a_leaderboard_of_other_pairs_is_not_merged(scored):
+    """Their errors would be compared pair by pair; pairs marked as not the manifest's are known."""
+    board, other = board_of(scored), board_of(scored)
+    assert leaderboard.merge(board, board_of(scored), overwrite=False) == []
+    scores = [method["scores"][ONE] for method in other["methods"].values()]
+    for score in scores:
+        score["sha256"], score["differing_pairs"] = "0" * 64, 1
+    assert len(leaderboard.merge(board, other, overwrite=False)) == len(scores)
+    for score in scores:
+        score["differing_pairs"] = 0
+    with pytest.raises(tasks.TasksError, match="has other pairs there.*000000000000"):
+        leaderboard.merge(board, other, overwrite=True)
+
+
 # ---- outside programs
 
 

@@ -7,6 +7,7 @@ import html.parser
 import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from test_page_browser import NAMES, PLAY_ALL
 
 from eqst import (
     biquad,
+    card,
     checkpoint,
     command,
     config,
@@ -340,6 +342,22 @@ def test_the_sweeps_variants_come_first_and_the_proposal_is_shown(runs):
     assert found[0].name == f"{runs.name}/variant/db_mel_pm/0"
     first = material.members([str(runs / "variant" / "linear_mel_bl" / "0")])
     assert [x.variant for x in first] == ["linear_mel_bl"]
+
+
+def test_a_run_in_training_is_left_out_of_a_sweep_and_taken_by_itself(runs, tmp_path):
+    half, whole = (tmp_path / "sweep" / "variant" / name / "0" for name in ("db_mel_pm", "other"))
+    shutil.copytree(proposal(runs), half)
+    steps = config.from_card(card.card_of(half)["config"]).train.steps
+    (half / "metrics.jsonl").write_text(json.dumps({"step": steps - 7, "loss": 1.0}) + "\n")
+    said: list[str] = []
+    with pytest.raises(ValueError, match="no run there is finished"):
+        material.members([str(tmp_path / "sweep")], said.append)
+    assert len(said) == 1 and "7 steps of its training to go: left out" in said[0]
+    assert [x.left for x in material.members([str(half)], said.append)] == [7]
+    shutil.copytree(proposal(runs), whole)
+    (whole / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 1.0}) + "\n")
+    found = material.members([str(tmp_path / "sweep")], said.append)
+    assert [(x.folder, x.left) for x in found] == [(whole, 0)]
 
 
 def test_a_folder_of_exported_weights_is_taken_as_well(repo):

@@ -252,7 +252,7 @@ def provenance(request: Request, runs: list[Member], data: Data) -> Html:
         [
             x.name,
             x.variant,
-            f"{x.run.step:,}",
+            f"{x.run.step:,}" + (f" ({x.left:,} to go)" if x.left > 0 else ""),
             x.run.commit[:10],
             ", ".join(map(_short_source, x.run.config.data.sources)),
         ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from eqst import card, claims, trials
-from eqst.config import from_card
+from eqst.config import Config, from_card
 from eqst.verdict import VARIANTS
 
 # The paper's three models by their name in configs/: what the seed's page calls them.
@@ -28,6 +28,7 @@ class Member(NamedTuple):
       variant: which of the paper's it is, or its kind of features.
       raw: whether its features are not normalised (`features.normalise`).
       run: its model.
+      left: steps that its training has not done yet, as far as its record says.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Member(NamedTuple):
     variant: str
     raw: bool
     run: trials.Run
+    left: int
 
 
 class Request(NamedTuple):
@@ -80,22 +82,41 @@ def folders(workdir: str) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: (path.relative_to(root).parts[0] != "variant", path))
 
 
-def members(workdirs: Sequence[str]) -> list[Member]:
+def _steps_left(folder: pathlib.Path, config: Config) -> int:
+    rows = card.metrics_of(folder)
+    return config.train.steps - max(row["step"] for row in rows) if rows else 0
+
+
+def members(workdirs: Sequence[str], say: Callable[[str], None] = print) -> list[Member]:
     """The first run given of every variant, with normalised features and with raw ones; the one
-    whose examples are shown comes first."""
+    whose examples are shown comes first. Of a sweep's runs those that are still in training are
+    left out, with a line.
+
+    Raises:
+      ValueError: a folder holds no run, or none that is finished.
+    """
     found: dict[tuple[str, bool], Member] = {}
     for workdir in workdirs:
         root = pathlib.Path(workdir)
         for folder in folders(workdir):
             config = from_card(card.card_of(folder)["config"])
+            left = _steps_left(folder, config)
+            if left > 0 and folder != root:
+                say(f"note: {folder} has {left:,} steps of its training to go: left out")
+                continue
             variant = claims.variant(config)
             if variant not in TITLES:
                 variant = config.features.kind
             raw = not config.features.normalise
             if (variant, raw) not in found:
                 name = root.name if folder == root else f"{root.name}/{folder.relative_to(root)}"
-                member = Member(name, folder, variant, raw, trials.open_run(folder))
+                member = Member(name, folder, variant, raw, trials.open_run(folder), left)
                 found[variant, raw] = member
+    if not found:
+        raise ValueError(
+            f"--workdir={workdirs[0]}: no run there is finished: go on with its training, or name "
+            "one run's own folder"
+        )
     return sorted(found.values(), key=lambda x: (x.raw, x.variant != "db_mel_pm"))
 
 
