@@ -1,6 +1,8 @@
 """The main job: `pooled` on synthetic talkers alone, five minutes of two cores.
 
 python -m eqst.train --config=configs/smoke.py --workdir=runs/smoke
+
+2.09 dB at 3 s on held-out real talkers, 1.78 on held-out synthetic ones (README).
 """
 
 from eqst import recipes
