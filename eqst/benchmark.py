@@ -20,7 +20,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from eqst import baselines, card, command, contestants, corpus, eq, files, leaderboard, pairs, tasks
+from eqst import (
+    baselines,
+    card,
+    command,
+    contestants,
+    corpus,
+    eq,
+    files,
+    leaderboard,
+    pairs,
+    tasks,
+    trials,
+)
 from eqst.contestants import BASELINES, UNTUNED, Answer, AnswerError, Listener
 from eqst.evaluate import machine
 from eqst.evidence import Evidence, stack
@@ -304,7 +316,7 @@ def who(options: Any) -> tuple[list[Listener], list[str]]:
         elif word in BASELINES:
             names.append(word)
         elif os.path.isdir(word) or card.is_exported(word):
-            name = options.name or pathlib.Path(word).resolve().name
+            name = options.name or trials.name_of(word)
             listeners.append(contestants.of_workdir(name, word))
         else:
             there = ", ".join(("packaged", "baselines", *BASELINES))
@@ -337,6 +349,9 @@ def _score(
     for number, (source, task) in enumerate(chosen):
         board = leaderboard.load_or_empty(folder)
         sha = tasks.expected(source.manifest, task, options.pairs)
+        for one in listeners:
+            if not options.overwrite:
+                leaderboard.check_same(board, one.name, one.facts)
         wanted = [
             name
             for name in facts

@@ -30,6 +30,7 @@ from eqst import (
     batches,
     bayes,
     card,
+    checkpoint,
     config,
     corpus,
     eq,
@@ -93,8 +94,12 @@ def packaged() -> Listener:
 
 def of_workdir(name: str, workdir: str) -> Listener:
     """A run of `eqst.train`, by its best checkpoint."""
-    run = trials.open_run(workdir)
-    return model(name, run, {"trained_at": run.commit, "step": run.step})
+    loaded = checkpoint.load(workdir)
+    run = trials.from_loaded(loaded, workdir)
+    leaves = sorted(checkpoint.named_leaves(loaded.params).items())
+    content = b"".join(np.ascontiguousarray(leaf, "<f4").tobytes() for _, leaf in leaves)
+    facts = {"trained_at": run.commit, "step": run.step, "weights": card.digest(content)[:16]}
+    return model(name, run, facts)
 
 
 def model(name: str, run: trials.Run, facts: dict[str, Any]) -> Listener:

@@ -29,6 +29,7 @@ from eqst.tasks import HEADLINE, SAMPLE_RATE, SEED, TABLE, TASKS, Pair, Task, Ta
 FORMAT = 1
 FILES = ("leaderboard.json", "leaderboard.txt")
 SHOWN_FAILURES = 5
+MARKS = "*: pairs that are not the published ones, ~: fewer pairs than other rows"
 
 
 def empty() -> dict[str, Any]:
@@ -54,7 +55,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         _talkers(board)
         for method in board["methods"].values():
             for score in method["scores"].values():
-                score["sha256"], score["pairs"], score["differing_pairs"]
+                score["sha256"], score["pairs"], score["differing_pairs"], score["facts"]
                 score["errors_db"].split()
     except OSError as error:
         raise TasksError(f"{name} cannot be read ({error.strerror}): check the path") from None
@@ -136,6 +137,18 @@ def has(
         return False
     same = found["pairs"] > count or (found["pairs"] == count and found["sha256"] == sha256)
     return same and found["facts"] == facts
+
+
+def check_same(board: dict[str, Any], method: str, facts: dict[str, Any]) -> None:
+    """Raises TasksError where a row of this name is of another model or program."""
+    if method not in board["methods"]:
+        return
+    for task, score in board["methods"][method]["scores"].items():
+        if score["facts"] != facts:
+            raise TasksError(
+                f"the row {method!r} is of another ({task}: {score['facts']}, here {facts}): give "
+                "--name for a row of its own, or --overwrite to score it anew"
+            )
 
 
 def add(
@@ -303,14 +316,14 @@ def write(folder: pathlib.Path, board: dict[str, Any]) -> None:
     files.write_text(folder / FILES[1], text)
 
 
+def marks(score: dict[str, Any], pairs: int) -> str:
+    """What stands behind a figure, as MARKS says; `pairs` is how many the task has."""
+    return ("*" if score["differing_pairs"] else "") + ("~" if score["pairs"] < pairs else "")
+
+
 def table_text(board: dict[str, Any]) -> str:
-    """Every row, one block for each source; `*`: some pairs were not the published ones, `~`: fewer
-    pairs than the task's other rows."""
-    lines = [
-        "shape RMSE in dB, mean (95 % interval over talkers and pairs); "
-        "*: pairs that are not the published ones, ~: fewer pairs than other rows",
-        "",
-    ]
+    """Every row, one block for each source, with `marks`."""
+    lines = [f"shape RMSE in dB, mean (95 % interval over talkers and pairs); {MARKS}", ""]
     for source in dict.fromkeys(row["name"].split("-")[0] for row in board["tasks"]):
         columns = [row for row in board["tasks"] if row["name"].split("-")[0] == source]
         heads = [row["name"][len(source) + 1 :] for row in columns]
@@ -324,9 +337,8 @@ def table_text(board: dict[str, Any]) -> str:
                     continue
                 x = row["figures"][name]
                 entry = board["methods"][row["method"]]["scores"][name]
-                mark = "*" if entry["differing_pairs"] else ""
-                mark += "~" if entry["pairs"] < column["pairs"] else ""
-                cells.append(f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f}){mark}")
+                text = f"{x['mean']:.2f} ({x['low']:.2f}-{x['high']:.2f})"
+                cells.append(text + marks(entry, column["pairs"]))
             if any(cells):
                 lines.append(f"{row['method']:<16}" + "".join(f"{cell:>22}" for cell in cells))
         lines.append("")

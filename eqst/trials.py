@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,13 @@ def from_loaded(loaded: card.Loaded, source: str = "packaged weights") -> Run:
     normalisation = predictor.Normalisation(**loaded.params["normalisation"])
     commit = loaded.card["commit"] if "commit" in loaded.card else "unknown"
     return Run(config, loaded.params["network"], normalisation, loaded.step, commit)
+
+
+def name_of(workdir: str | os.PathLike[str]) -> str:
+    """What a run is called for people: its folder; with the two above it where that is a number,
+    as the seeds of a sweep are (factor/level/seed)."""
+    parts = pathlib.Path(workdir).resolve().parts
+    return "/".join(parts[-3:] if parts[-1].isdecimal() else parts[-1:])
 
 
 class Trial(NamedTuple):

@@ -15,7 +15,7 @@ import scipy.signal
 import soundfile
 from absl import flags
 
-from eqst import baselines, benchmark, biquad, contestants, eq, leaderboard, tasks
+from eqst import baselines, benchmark, biquad, contestants, eq, leaderboard, tasks, trials
 from eqst import command as commands
 
 RATE = tasks.SAMPLE_RATE
@@ -213,6 +213,23 @@ def test_a_leaderboard_of_other_pairs_is_not_merged(scored):
         score["differing_pairs"] = 0
     with pytest.raises(tasks.TasksError, match="has other pairs there.*000000000000"):
         leaderboard.merge(board, other, overwrite=True)
+
+
+def test_a_row_is_never_taken_for_another_models(scored, repo):
+    """The seeds of a sweep's models all lie in folders called 0."""
+    assert trials.name_of("runs/a/variant/db_mel_pm/0") == "variant/db_mel_pm/0"
+    assert trials.name_of("runs/mine") == trials.name_of("runs/mine/") == "mine"
+    weights = repo / "colab" / "weights"
+    facts = [
+        contestants.of_workdir("0", str(weights / x)).facts for x in ("db_mel_pm", "db_mel_bl")
+    ]
+    assert facts[0]["weights"] != facts[1]["weights"]
+    board = board_of(scored)
+    own = board["methods"]["packaged"]["scores"][ONE]["facts"]
+    leaderboard.check_same(board, "packaged", own)
+    leaderboard.check_same(board, "not there", facts[0])
+    with pytest.raises(tasks.TasksError, match="'packaged' is of another .*--name"):
+        leaderboard.check_same(board, "packaged", facts[0])
 
 
 # ---- outside programs

@@ -82,7 +82,13 @@ def evaluated() -> dict:
 def board() -> dict:
     figures = {"speech": {"mean": 2.0, "low": 1.8, "high": 2.2}}
     row = {"method": NASTY, "kind": "model", "figures": figures, "seconds_per_pair": 0.02}
-    return {"tasks": [{"name": "speech", "about": NASTY}], "leaderboard": [row]}
+    score = {"pairs": 100, "differing_pairs": 0}
+    return {
+        "headline": "speech",
+        "tasks": [{"name": "speech", "about": NASTY, "pairs": 100}],
+        "leaderboard": [row],
+        "methods": {NASTY: {"scores": {"speech": score}}},
+    }
 
 
 def whole_page() -> tuple[str, list[examples.Example]]:

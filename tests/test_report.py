@@ -1,6 +1,7 @@
 """The supplementary page from a trained run: what stands on it, made alike twice, mistakes."""
 
 import collections
+import copy
 import dataclasses
 import hashlib
 import html.parser
@@ -20,7 +21,6 @@ from test_page_browser import NAMES, PLAY_ALL
 
 from eqst import (
     biquad,
-    card,
     checkpoint,
     command,
     config,
@@ -31,7 +31,7 @@ from eqst import (
     report,
     trials,
 )
-from eqst.webpage import drawing, examples, insights, markup, material, scenarios, site
+from eqst.webpage import drawing, examples, findings, insights, markup, material, scenarios, site
 
 RATE = 16000
 TINY = {
@@ -48,6 +48,7 @@ TINY = {
     "model.channels": 2,
     "model.hidden": 8,
     "model.blocks": 0,
+    "train.steps": 2,
 }
 VARIANTS = {
     "db_mel_bl": {"model.comparison": "subtract"},
@@ -61,6 +62,25 @@ def silent(_: str) -> None:
     """Takes progress lines and keeps nothing."""
 
 
+def leave_run(workdir: Path, made: config.Config) -> None:
+    """What training leaves, but for the training."""
+    network = predictor.init(made, jax.random.key(0))
+    normal = made.features.normalise
+    normalisation = {
+        "mean": np.full(16, -30.0 if normal else 0.0, np.float32),
+        "scale": np.full(16, 9.0 if normal else 1.0, np.float32),
+    }
+    facts = {key: x.tolist() for key, x in normalisation.items()}
+    table = dataclasses.asdict(eq.PAPER)
+    checkpoint.write_card(
+        workdir, {"config": config.as_dict(made), "normalisation": facts, "band_table": table}
+    )
+    with checkpoint.Checkpoints(workdir) as saved:
+        saved.save_best(2, {"network": network, "normalisation": normalisation}, 3.0)
+    rows = [{"step": k, "shape_db": 4.0 - k, "valid_shape_db": 4.5 - k} for k in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def runs(configure, tmp_path_factory) -> Path:
     """A folder of the three models, with normalised features and raw ones, as a sweep leaves it,
@@ -68,23 +88,8 @@ def runs(configure, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     for (name, changes), raw in itertools.product(VARIANTS.items(), (False, True)):
         cache = {"data.cache_dir": str(folder / ".cache"), "features.normalise": not raw}
-        made = configure(TINY | cache | changes)
-        network = predictor.init(made, jax.random.key(0))
-        normalisation = {
-            "mean": np.full(16, 0.0 if raw else -30.0, np.float32),
-            "scale": np.full(16, 1.0 if raw else 9.0, np.float32),
-        }
         workdir = folder / ("without" if raw else "variant") / name / "0"
-        facts = {key: x.tolist() for key, x in normalisation.items()}
-        table = dataclasses.asdict(eq.PAPER)
-        checkpoint.write_card(
-            workdir,
-            {"config": config.as_dict(made), "normalisation": facts, "band_table": table},
-        )
-        with checkpoint.Checkpoints(workdir) as saved:
-            saved.save_best(2, {"network": network, "normalisation": normalisation}, 3.0)
-        rows = [{"step": k, "shape_db": 4.0 - k, "valid_shape_db": 4.5 - k} for k in (1, 2)]
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        leave_run(workdir, configure(TINY | cache | changes))
     return folder
 
 
@@ -347,17 +352,48 @@ def test_the_sweeps_variants_come_first_and_the_proposal_is_shown(runs):
 def test_a_run_in_training_is_left_out_of_a_sweep_and_taken_by_itself(runs, tmp_path):
     half, whole = (tmp_path / "sweep" / "variant" / name / "0" for name in ("db_mel_pm", "other"))
     shutil.copytree(proposal(runs), half)
-    steps = config.from_card(card.card_of(half)["config"]).train.steps
-    (half / "metrics.jsonl").write_text(json.dumps({"step": steps - 7, "loss": 1.0}) + "\n")
+    (half / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
     said: list[str] = []
     with pytest.raises(ValueError, match="no run there is finished"):
         material.members([str(tmp_path / "sweep")], said.append)
-    assert len(said) == 1 and "7 steps of its training to go: left out" in said[0]
-    assert [x.left for x in material.members([str(half)], said.append)] == [7]
+    assert len(said) == 1 and "1 steps of its training to go: left out" in said[0]
+    assert [x.left for x in material.members([str(half)], said.append)] == [1]
+    (half / "metrics.jsonl").unlink()  # one that has just begun
+    assert [x.left for x in material.members([str(half)], said.append)] == [2]
     shutil.copytree(proposal(runs), whole)
-    (whole / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 1.0}) + "\n")
     found = material.members([str(tmp_path / "sweep")], said.append)
     assert [(x.folder, x.left) for x in found] == [(whole, 0)]
+
+
+def test_runs_of_two_sample_rates_are_not_compared(runs, configure, tmp_path):
+    """Each hears at its own rate: the same samples would be another pitch to it."""
+    other = tmp_path / "other" / "0"
+    leave_run(other, configure(TINY | VARIANTS["db_mel_bl"] | {"data.sample_rate": 2 * RATE}))
+    with pytest.raises(ValueError, match="runs of one sample rate can be compared, not"):
+        material.members([str(proposal(runs)), str(other)])
+
+
+def test_what_is_stored_is_shown_in_its_own_order(repo):
+    """The ablation, the leaderboard and the errors against seconds of this repository."""
+    results = findings.read_results(repo / "colab" / "results")
+    board = results["benchmark_leaderboard"]
+    shown = findings.leaderboard(board)
+    methods = re.findall(r'<th scope="row">([^<]+)</th>', shown)
+    assert methods == [row["method"] for row in board["leaderboard"]]
+    assert methods[-1].startswith("oracle")
+    assert findings.MARKS in shown and "~" not in shown.replace(findings.MARKS, "")
+    first, last = (copy.deepcopy(board["leaderboard"][k]["method"]) for k in (0, -1))
+    asked = copy.deepcopy(board)
+    asked["methods"][first]["scores"][board["headline"]] |= {"pairs": 2, "differing_pairs": 1}
+    mean = board["leaderboard"][0]["figures"][board["headline"]]["mean"]
+    assert f"{mean:.2f} (" in shown and re.search(
+        rf"{mean:.2f} \([^<]+\)\*~<", findings.leaderboard(asked)
+    )
+    table = findings.ablation(results["ablation"])
+    for factor, levels in results["ablation"]["tables"].items():
+        assert (f"Factor: {factor}<" in table) == (len(levels) > 1)
+    seconds = findings.error_against_seconds(results)
+    assert "db_mel_pm_dev" in seconds and "pooled_mixed_dev" in seconds
 
 
 def test_a_folder_of_exported_weights_is_taken_as_well(repo):

@@ -26,8 +26,10 @@ def lede() -> Html:
         "p",
         "One recording in, an unrelated reference beside it, and out come the settings of a "
         "four-band equaliser that make the first sound like the second. This page shows what a "
-        "trained model predicts: curves, audio, latents and figures, all made by one command from "
-        "its run, after the supplementary page of Mimilakis, Bryan and Smaragdis (ICASSP 2020).",
+        "trained model predicts: curves, audio, latents and figures, made by one command from its "
+        "run, after the supplementary page of Mimilakis, Bryan and Smaragdis (ICASSP 2020). "
+        "Ablation, benchmark and error against seconds are of stored results, of whatever models "
+        "these name.",
         cls="lede",
     )
 
@@ -165,7 +167,9 @@ def train_talkers(config: Config, request: Request, say: examples.Say) -> corpus
     if request.data and request.manifest:
         chosen, _ = evaluate.select(config, request.data, request.manifest, "train")
         try:
-            chosen = dataclasses.replace(chosen, folds=0, valid_share=0.0)
+            # Of those alone that the run may have been trained on.
+            only = config.data.permissive_only
+            chosen = dataclasses.replace(chosen, folds=0, valid_share=0.0, permissive_only=only)
             return corpus.open_corpus(chosen, "train", say)
         except corpus.CorpusError:
             say(f"{request.manifest} has no train talkers: the run's own are taken")
@@ -236,7 +240,8 @@ def take_home(
     judged = claims.verdicts(stats)
     link = tag("a", "Every figure as JSON", href=f"data/{CLAIMS}.json")
     facts = {"commit": card.commit(), "machine": evaluate.machine(), **stats, "verdicts": judged}
-    return tag("div", tag("p", told, link, "."), insights.judged(judged)), facts
+    parts = (tag("p", told, link, "."), insights.judged(judged), insights.statistics(stats))
+    return tag("div", parts), facts
 
 
 def provenance(request: Request, runs: list[Member], data: Data) -> Html:
@@ -291,6 +296,7 @@ def provenance(request: Request, runs: list[Member], data: Data) -> Html:
                     ("Code", f"commit {card.commit()}"),
                     ("Packages", versions),
                     ("Machine", evaluate.machine()),
+                    ("Stored results", _results_told(request.results)),
                 )
             ],
             cls="facts",
@@ -313,6 +319,12 @@ def provenance(request: Request, runs: list[Member], data: Data) -> Html:
             level=3,
         ),
     )
+
+
+def _results_told(results: str) -> str:
+    if not results:
+        return "none"
+    return "colab/results of EQST's clone" if results == default_results() else results
 
 
 def _licences(request: Request, data: Data) -> Html:

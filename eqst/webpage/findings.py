@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from eqst import biquad, charts, eq
+from eqst.leaderboard import MARKS, marks
 from eqst.verdict import VARIANTS
 from eqst.webpage import drawing
 from eqst.webpage.drawing import Curve, even_axis, frequency_axis, legend, plot
@@ -232,22 +233,27 @@ def leaderboard(content: Mapping[str, Any] | None) -> Html:
             "No benchmark_leaderboard.json was given: run python -m eqst.benchmark and name its "
             "folder by --results."
         )
-    tasks = content["tasks"]
+    tasks, methods = content["tasks"], content["methods"]
     names = [task["name"] for task in tasks]
-    headline = content["headline"] if "headline" in content else names[0]
+    pairs = {task["name"]: task["pairs"] for task in tasks}
 
-    def rank(row: Mapping[str, Any]) -> float:
-        return row["figures"][headline]["mean"] if headline in row["figures"] else np.inf
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        if name not in row["figures"]:
+            return "\u2013"
+        score = methods[row["method"]]["scores"][name]
+        return _interval(row["figures"][name]) + marks(score, pairs[name])
 
-    rows = []
-    ordered = sorted(content["leaderboard"], key=rank)
-    for row in ordered:
-        cells = [_interval(row["figures"][x]) if x in row["figures"] else "\u2013" for x in names]
-        rows.append([row["method"], row["kind"], f"{row['seconds_per_pair']:.3g}", *cells])
-    models = [number for number, row in enumerate(ordered) if row["kind"] == "model"]
+    # In the leaderboard's own order: oracles last, what was asked fewer pairs after the others.
+    rows = [
+        [row["method"], row["kind"], f"{row['seconds_per_pair']:.3g}"]
+        + [cell(row, name) for name in names]
+        for row in content["leaderboard"]
+    ]
+    models = [k for k, row in enumerate(content["leaderboard"]) if row["kind"] == "model"]
     head = ["method", "kind", "s per pair", *names]
     caption = (
-        f"Shape RMSE in dB (95 % interval), lower is better, sorted by {headline}; models in bold"
+        f"Shape RMSE in dB (95 % interval), lower is better, sorted by {content['headline']}; "
+        f"models in bold; {MARKS}"
     )
     about = [tag("li", tag("b", task["name"]), ": ", task["about"]) for task in tasks]
     return tag(

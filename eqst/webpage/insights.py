@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +124,58 @@ def _facts(latent_CM: np.ndarray, spread_CM: np.ndarray) -> dict[str, str]:
         "largest": signed(float(latent_CM.max()), 2),
         "deviation": f"{latent_CM.std():.3g}",
     }
+
+
+# Of every model, in the words of the table: a path into what `claims.measure` gives.
+_STATISTICS = (
+    ("extracted: nullified, %", 100.0, ("extracted", "nullified")),
+    ("fed: nullified, %", 100.0, ("fed", "nullified")),
+    ("fed: nullified by the deviation of all, %", 100.0, ("fed", "nullified_whole")),
+    ("extracted: sparsity (Hoyer)", 1.0, ("extracted", "sparsity")),
+    ("fed: sparsity (Hoyer)", 1.0, ("fed", "sparsity")),
+    ("extracted: norm", 1.0, ("extracted", "norm")),
+    ("fed: norm", 1.0, ("fed", "norm")),
+    ("fed: norm over extracted", 1.0, ("fed", "norm_ratio")),
+    ("extracted: 0.1 % point", 1.0, ("extracted", "range", "p0.1")),
+    ("extracted: 99.9 % point", 1.0, ("extracted", "range", "p99.9")),
+    ("fed: 0.1 % point", 1.0, ("fed", "range", "p0.1")),
+    ("fed: 99.9 % point", 1.0, ("fed", "range", "p99.9")),
+    ("fed: rms", 1.0, ("fed", "range", "rms")),
+    ("fed: dynamic range, dB", 1.0, ("fed", "range", "dynamic_range_db")),
+    ("fed: effective dimensions", 1.0, ("fed", "dimensions")),
+    ("fed: energy in the mean over pairs, %", 100.0, ("fed", "mean_share")),
+    ("sensitivity: curve, dB, for 1 % of fed", 1.0, ("predictor", "percent_db")),
+    ("sensitivity: curve, dB, for one deviation", 1.0, ("predictor", "spread_db")),
+    ("error, dB", 1.0, ("predictor", "error_db")),
+    ("error, dB, fed without its mean", 1.0, ("predictor", "error_centred_db")),
+    ("error, dB, half of fed at its mean", 1.0, ("predictor", "error_half_db")),
+    ("error, dB, fed at its mean", 1.0, ("predictor", "error_mean_db")),
+    ("error, dB, fed of another pair", 1.0, ("predictor", "error_shuffled_db")),
+    ("R\u00b2 of the model", 1.0, ("predictor", "r_squared")),
+    ("R\u00b2 of a linear readout of fed", 1.0, ("predictor", "probe_fed")),
+    ("R\u00b2, extracted difference", 1.0, ("predictor", "probe_difference")),
+)
+
+
+def statistics(stats: Mapping[str, Any]) -> Html:
+    """All that was measured of every model for the claims, a column each."""
+    models = list(stats["models"].values())
+    rows = [
+        [name] + [_told(functools.reduce(operator.getitem, path, x), factor) for x in models]
+        for name, factor, path in _STATISTICS
+    ]
+    head = ["statistic"] + [
+        x["variant"] + ("" if x["normalised"] else ", raw features") for x in models
+    ]
+    caption = "Latents and predictor, mean (95 % interval over talkers and pairs)"
+    return details("Every statistic of every model", table(caption, head, rows))
+
+
+def _told(value: Any, factor: float) -> str:
+    if not isinstance(value, Mapping):
+        return f"{factor * value:.3g}"
+    mean, low, high = (f"{factor * value[key]:.3g}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def judged(verdicts: Sequence[Mapping[str, Any]] | None) -> Html:

@@ -83,8 +83,11 @@ def folders(workdir: str) -> list[pathlib.Path]:
 
 
 def _steps_left(folder: pathlib.Path, config: Config) -> int:
-    rows = card.metrics_of(folder)
-    return config.train.steps - max(row["step"] for row in rows) if rows else 0
+    """By the run's record; exported weights may have none, and were a finished run's."""
+    steps = [row["step"] for row in card.metrics_of(folder)]
+    if not steps and card.is_exported(folder):
+        return 0
+    return config.train.steps - max(steps, default=0)
 
 
 def members(workdirs: Sequence[str], say: Callable[[str], None] = print) -> list[Member]:
@@ -93,7 +96,7 @@ def members(workdirs: Sequence[str], say: Callable[[str], None] = print) -> list
     left out, with a line.
 
     Raises:
-      ValueError: a folder holds no run, or none that is finished.
+      ValueError: a folder holds no run, none is finished, or they are of several sample rates.
     """
     found: dict[tuple[str, bool], Member] = {}
     for workdir in workdirs:
@@ -109,7 +112,10 @@ def members(workdirs: Sequence[str], say: Callable[[str], None] = print) -> list
                 variant = config.features.kind
             raw = not config.features.normalise
             if (variant, raw) not in found:
-                name = root.name if folder == root else f"{root.name}/{folder.relative_to(root)}"
+                inside = f"{root.name}/{folder.relative_to(root)}"
+                name = trials.name_of(root) if folder == root else inside
+                if any(member.name == name for member in found.values()):
+                    name = str(folder)
                 member = Member(name, folder, variant, raw, trials.open_run(folder), left)
                 found[variant, raw] = member
     if not found:
@@ -117,6 +123,10 @@ def members(workdirs: Sequence[str], say: Callable[[str], None] = print) -> list
             f"--workdir={workdirs[0]}: no run there is finished: go on with its training, or name "
             "one run's own folder"
         )
+    rates = {member.name: member.run.config.data.sample_rate for member in found.values()}
+    if len(set(rates.values())) > 1:
+        told = ", ".join(f"{name} {rate} Hz" for name, rate in rates.items())
+        raise ValueError(f"--workdir: runs of one sample rate can be compared, not {told}")
     return sorted(found.values(), key=lambda x: (x.raw, x.variant != "db_mel_pm"))
 
 
