@@ -22,8 +22,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ TRIES = 2  # of a run that fails
 VALID = "cross-validation"  # the column of errors on held-out train talkers
 # A run's own error on held-out train talkers is of the same pairs as another's unless these differ.
 OTHER_PAIRS = re.compile(
-    r"eq_table|data\.(sources|source_weights|manifest|permissive_only|folds|protocol|different_.*"
+    r"eq_table|data\.(sources|source_weights|manifest|permissive_only|folds|protocol"
     r"|segment_seconds|context_seconds|synthetic_.*|min_loudness_lufs|sample_rate)"
 )
 
@@ -108,15 +109,22 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
 
 
-def done(workdir: pathlib.Path, member: Member) -> bool:
-    """Whether a member has been trained and evaluated, with these settings.
+def done(workdir: pathlib.Path, member: Member, data: str = "", manifest: str = "") -> bool:
+    """Whether a member has been trained and evaluated, with these settings, on these recordings.
 
-    One of other settings is not done: training will refuse its folder, and say what differs.
+    One of other settings or with a damaged card is not done: training will refuse its folder, or
+    mend it, and say why. One that was evaluated on other recordings is evaluated again.
     """
     folder = workdir / member.name
     if not (folder / "heldout" / "errors.csv").is_file():
         return False
-    stored = config.from_card(card.card_of(folder)["config"])
+    try:
+        stored = config.from_card(card.card_of(folder)["config"])
+        results = json.loads((folder / "heldout" / "results.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    if "recordings" in results and results["recordings"] != [data, manifest]:
+        return False
     return not differing_keys(_result_settings(stored), _result_settings(member.config))
 
 
@@ -143,7 +151,8 @@ def run_member(workdir: pathlib.Path, member: Member, data: str, manifest: str) 
     results, errors = evaluate.evaluate(
         run, held_out, held_out, with_baselines=False, with_audio=False, say=say
     )
-    results = {"commit": run.commit, "step": run.step, "machine": evaluate.machine(), **results}
+    facts = {"commit": run.commit, "step": run.step, "machine": evaluate.machine()}
+    results = {**facts, "recordings": [data, manifest], **results}
     with files.result_folder(folder / "heldout", overwrite=True) as output:
         files.write_json(output / "results.json", results)
         # Last: it is what makes the member count as done.
@@ -167,26 +176,45 @@ class Interruption:
 
 
 def run_all(
-    workdir: pathlib.Path, waiting: list[Member], *, jobs: int, minutes: float
+    workdir: pathlib.Path,
+    waiting: list[Member],
+    is_done: Callable[[Member], bool],
+    *,
+    jobs: int,
+    minutes: float,
 ) -> list[str]:
     """Runs members, `jobs` processes at a time; the names of those that failed.
 
     A member is a process of its own: one that fails is tried again at the end and takes no other
-    down. SIGTERM, SIGINT or the end of `minutes` (0: none) stop all of them, saved.
+    down. SIGTERM, SIGINT or the end of `minutes` (0: none) stop all of them, saved; so does the end
+    of this process, whatever it is.
 
     Raises:
       Interrupted: stopped; the same command goes on.
     """
-    waiting, every = list(waiting), len(waiting)
-    tries = dict.fromkeys((member.name for member in waiting), 0)
     running: dict[str, tuple[Member, subprocess.Popen, float]] = {}
+    try:
+        return _run_all(workdir, list(waiting), running, is_done, jobs, minutes)
+    finally:
+        _end(running)
+
+
+def _run_all(
+    workdir: pathlib.Path,
+    waiting: list[Member],
+    running: dict[str, tuple[Member, subprocess.Popen, float]],
+    is_done: Callable[[Member], bool],
+    jobs: int,
+    minutes: float,
+) -> list[str]:
+    every = len(waiting)
+    tries = dict.fromkeys((member.name for member in waiting), 0)
     failed: list[str] = []
     finished, began = 0, time.monotonic()
     stop = Interruption()
     while waiting or running:
         late = minutes > 0 and time.monotonic() - began > 60 * minutes
         if stop.name or late:
-            _end(running)
             why = stop.name or f"the {minutes:g} minutes are over"
             raise Interrupted(f"{why}: {finished} of {every} done; the same command goes on")
         while waiting and len(running) < jobs:
@@ -199,7 +227,7 @@ def run_all(
                 continue
             del running[name]
             seconds = time.monotonic() - since
-            if code == 0 and done(workdir, member):
+            if code == 0 and is_done(member):
                 finished += 1
                 spent = time.monotonic() - began
                 left = spent / finished * (len(waiting) + len(running))
@@ -231,6 +259,18 @@ def _start(workdir: pathlib.Path, member: Member, jobs: int) -> subprocess.Popen
             env=environment,
             start_new_session=True,  # Ctrl-C reaches the parent alone, which tells its children
         )
+
+
+def _leave_with_parent() -> None:
+    """Has this process told to save and leave when the sweep that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(running: dict[str, tuple[Member, subprocess.Popen, float]]) -> None:
@@ -407,8 +447,9 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
 
 def _pairs_of(member: Member) -> str:
     """What decides the pairs of train talkers that a run holds out, but for the fold (a seed's)."""
-    blank = config.as_dict(config.Config())
-    lines = differing_keys(blank, config.as_dict(member.config))
+    own = config.as_dict(member.config)
+    own["data"]["segment_seconds"] = own["data"]["segment_seconds"][:1]  # what is held out has this
+    lines = differing_keys(config.as_dict(config.Config()), own)
     return "; ".join(line for line in lines if OTHER_PAIRS.match(line.split(":")[0]))
 
 
@@ -435,6 +476,22 @@ def _budget(finished: list[Member]) -> str:
         f"{first.steps:,} steps of {first.batch_size} pairs a run where nothing else is said; "
         f"{len(finished)} runs, {pairs:,} pairs in all"
     )
+
+
+def _heading(content: dict[str, Any], path: str) -> str:
+    """What stands over the tables in their file."""
+    title = pathlib.Path(path.partition(":")[0]).stem.replace("_", " ")
+    made = f"`{content['command']}` at commit {content['commit'][:7]}"
+    return f"""# {title.capitalize()}
+
+Made by {made}. {content["budget"]}. Data: {content["data"]}.
+
+Shape RMSE in dB: mean (95 % interval), then the difference from the factor's first level with its
+interval, bold where that excludes 0 and a test against other seeds, adjusted for all comparisons of
+its column (Holm), says so too. Behind a level stands its number of seeds; with one, the noise of
+seeds is taken from the levels that have several.
+
+"""
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -487,26 +544,28 @@ def main() -> None:
             own = [member for member in every if member.name == options.member]
             if not own:
                 raise ValueError(f"--member={options.member}: the sweep has no such run")
+            _leave_with_parent()
             run_member(workdir, own[0], options.data, options.manifest)
             return
         outcomes = known_outcomes(options.known, every) if options.known else {}
         if options.known:
             print(known_line(options.known, len(outcomes), every), flush=True)
+        is_done = functools.partial(done, workdir, data=options.data, manifest=options.manifest)
         failed = []
         if not options.gather:
-            todo = [x for x in members if x.name not in outcomes and not done(workdir, x)]
+            todo = [x for x in members if x.name not in outcomes and not is_done(x)]
             print(f"{len(members)} runs, {len(members) - len(todo)} of them done", flush=True)
             prepare(todo, options.data, options.manifest)
-            failed = run_all(workdir, todo, jobs=options.jobs, minutes=options.minutes)
+            failed = run_all(workdir, todo, is_done, jobs=options.jobs, minutes=options.minutes)
     except Interrupted as event:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    here = [member for member in every if done(workdir, member)]
+    here = [member for member in every if is_done(member)]
     content = gather(every, {**outcomes, **{x.name: outcome(workdir, x) for x in here}})
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(workdir / "sweep.json", content)
     text = comparison.table_text(content["tables"], content["columns"])
-    files.write_text(workdir / "table.md", text)
+    files.write_text(workdir / "table.md", _heading(content, path) + text)
     print("\n" + text)
     try:
         charts.sweep(content, workdir / "sweep.png")

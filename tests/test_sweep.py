@@ -3,8 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -237,7 +239,8 @@ def test_a_sweep_runs_goes_on_and_survives_a_failure(repo: Path, tmp_path: Path,
         f"head/{level}/{seed}" for level in ("grid", "continuous") for seed in (0, 1)
     }
     assert (tmp_path / "w/head/grid/0/heldout/errors.csv").stat().st_mtime_ns == kept
-    assert (tmp_path / "w/table.md").read_text().count("continuous (2)") == 1
+    table = (tmp_path / "w/table.md").read_text()
+    assert table.count("continuous (2)") == 1 and table.startswith("# Small\n\nMade by `")
     assert (tmp_path / "w/sweep.png").read_bytes().startswith(b"\x89PNG")
     # The mean in the table is that of what every run wrote for itself.
     own = [
@@ -260,10 +263,68 @@ def test_a_sweep_runs_goes_on_and_survives_a_failure(repo: Path, tmp_path: Path,
     assert again["tables"] == content["tables"]
 
 
+def test_one_of_other_recordings_or_a_damaged_card_is_not_done(
+    sweep: types.ModuleType, tmp_path: Path, config_file: Path
+) -> None:
+    member = members_of(sweep, config_file)[0]
+    write_member(tmp_path / member.name, member, [1.0, 2.0], 2.0)
+    results = tmp_path / member.name / "heldout" / "results.json"
+    assert sweep.done(tmp_path, member, data="any")  # an older one does not say on which
+    facts = json.loads(results.read_text()) | {"recordings": ["here", "list.csv"]}
+    results.write_text(json.dumps(facts))
+    assert sweep.done(tmp_path, member, data="here", manifest="list.csv")
+    assert not sweep.done(tmp_path, member, data="there", manifest="list.csv")
+    (tmp_path / member.name / card.CARD_NAME).write_text("{")
+    assert not sweep.done(tmp_path, member, data="here", manifest="list.csv")
+
+
+def test_what_a_run_holds_out_does_not_depend_on_later_lengths(
+    sweep: types.ModuleType, repo: Path
+) -> None:
+    """It is pairs of the first length, of one recording: mixed lengths are compared by it."""
+    members = members_of(sweep, repo / "configs" / "ablation.py")
+    pairs = {place[:2]: sweep._pairs_of(member) for member in members for place in member.places}
+    first = pairs["variant", "db_mel_pm"]
+    for level in (
+        ("segment length", "3, 10, 1.5 and 6 s"),
+        ("protocol", "different recordings"),
+        ("mel bands", "64"),
+    ):
+        assert pairs[level] == first, level
+    for level in (("segment length", "6 s"), ("protocol", "plain"), ("ranges", "practical")):
+        assert pairs[level] != first, level
+
+
 @pytest.mark.long
-def test_a_sweep_told_to_stop_saves_its_runs(repo: Path, tmp_path: Path, config_file: Path) -> None:
-    words = (f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--only=grid/0")
-    stopped = run(repo, *words, "--minutes=0.2", "--config.train.steps=100000")
+def test_a_sweep_that_is_killed_or_stopped_goes_on(
+    repo: Path, tmp_path: Path, config_file: Path
+) -> None:
+    """kill -9 of the sweep: its run saves itself and leaves, and the same command resumes it."""
+    words = [
+        *(f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--only=grid/0"),
+        *("--config.train.steps=100000", "--config.train.log_every=2"),
+    ]
+    log = tmp_path / "w/head/grid/0/log.txt"
+
+    def wait_for(pattern: str) -> str:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            found = re.search(pattern, log.read_text() if log.exists() else "")
+            if found:
+                return found[1]
+            time.sleep(0.2)
+        raise AssertionError(f"no {pattern} in {log.read_text()}")
+
+    sweep = subprocess.Popen(
+        [sys.executable, "launch/sweep.py", *words], cwd=repo, stdout=subprocess.DEVNULL
+    )
+    wait_for(r"step (\d+)/100000")
+    sweep.kill()
+    sweep.wait()
+    step = wait_for(r"saved at step (\d+)")
+    stopped = run(repo, *words, "--minutes=0.5")
     assert stopped.returncode == 75, stopped.stderr
-    assert "the 0.2 minutes are over: 0 of 1 done; the same command goes on" in stopped.stderr
+    assert "the 0.5 minutes are over: 0 of 1 done; the same command goes on" in stopped.stderr
+    assert wait_for(r"resumed at step (\d+)") == step
+    assert log.read_text().count("saved at step") == 2
     assert not (tmp_path / "w/head/grid/0/heldout").exists()
