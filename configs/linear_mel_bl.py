@@ -2,7 +2,7 @@
 
 python -m eqst.train --config=configs/linear_mel_bl.py --workdir=runs/linear_mel_bl
 
-Time as configs/db_mel_pm.py. At a third of its learning rate 2.93 dB at 3 s (mean of five seeds,
+Time as configs/db_mel_pm.py; 2.93 dB at 3 s, measured in the same way (mean of five seeds,
 `variant` in colab/results/ablation.md).
 """
 
@@ -10,8 +10,9 @@ from eqst import recipes
 
 
 def get_config():
-    """`db_mel_pm` but for the features' scale and the comparison."""
+    """`db_mel_pm` but for the features' scale, the comparison and the learning rate."""
     settings = recipes.paper()
     settings.features.scale = "linear"
     settings.model.comparison = "subtract"
+    settings.train.learning_rate = 1e-3  # the only one it has been measured with
     return settings

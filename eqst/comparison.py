@@ -7,7 +7,8 @@ Two things are left to chance, and both are in every interval. Which talkers and
 bootstrap, talkers first, then the pairs of each. Which seed (and fold of the train talkers) a run
 had: a deviation whose variance is pooled, as in an analysis of variance, over the levels of a sweep
 that are of one kind and have two seeds or more. So a level with one seed has an honest, wide
-interval too, as long as its kind varies alike.
+interval too, as long as its kind varies alike. Its difference from another is taken to vary as if
+the two runs had nothing in common: what a shared seed takes away is known of few levels.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ def _noise_by_kind(groups: list[tuple[str, np.ndarray]]) -> dict[str, SeedNoise]
         own = seed_noise([mean_S for other, mean_S in once if other == kind])
         found[kind] = own if own.freedom else of_all
     return found
+
+
+def _independent(first: SeedNoise, second: SeedNoise) -> SeedNoise:
+    """Of the difference of two runs that share nothing."""
+    deviation = math.hypot(first.deviation, second.deviation)
+    return SeedNoise(deviation, min(first.freedom, second.freedom))
 
 
 def interval(
@@ -152,18 +159,28 @@ def tables(
         name: _noise_by_kind([(kinds[place], gap_SP) for place, gap_SP in found.items()])
         for name, found in compared.items()
     }
+
+    def noise_of(name: str, place: tuple[str, str], gap_SP: np.ndarray) -> SeedNoise:
+        # Where a seed has one number, of pairs of its own, two levels share too much to be taken
+        # as independent.
+        if len(gap_SP) == 1 and gap_SP.size > 1:
+            rows = levels[place[0]]
+            sides = (rows[place[1]][name], next(iter(rows.values()))[name])
+            found = _independent(*(own_noise[name][side.kind] for side in sides))
+            if found.freedom:
+                return found
+        return gap_noise[name][kinds[place]]
+
     differences: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for name in names:
-        found = differences[name] = {
-            place: {
-                **interval(
-                    gap_SP, levels[place[0]][place[1]][name].talker_P, gap_noise[name][kinds[place]]
-                ),
+        found = differences[name] = {}
+        for place, gap_SP in compared[name].items():
+            noise = noise_of(name, place, gap_SP)
+            found[place] = {
+                **interval(gap_SP, levels[place[0]][place[1]][name].talker_P, noise),
                 "seeds": len(gap_SP),
-                "p": _p_value(gap_SP, gap_noise[name][kinds[place]]),
+                "p": _p_value(gap_SP, noise),
             }
-            for place, gap_SP in compared[name].items()
-        }
         tested = [row for row in found.values() if row["p"] is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row["p_holm"] = p

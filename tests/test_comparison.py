@@ -137,8 +137,15 @@ def test_a_level_of_one_seed_gets_the_noise_of_the_others() -> None:
     rows = {"base": level((0, 1, 2), 0), "many": level((0, 1, 2), 0), "one": level((0,), 0)}
     tables = comparison.tables({"f": rows})["f"]
     one, many = (tables[i]["differences"]["c"] for i in (2, 1))
-    # No talker or pair differs, so the width is the seeds' alone: sqrt(3) times as wide.
-    ratio = (one["high"] - one["low"]) / (many["high"] - many["low"])
-    assert ratio == pytest.approx(math.sqrt(3), rel=0.1)
+    # No talker or pair differs, so the width is the seeds' alone. Of one seed: of two runs that
+    # share nothing, by the deviation of both levels; of three: by the deviation of the gaps.
+    means = [rows[name]["c"].error_SP.mean(axis=1) for name in ("base", "many")]
+    own = math.sqrt(sum(np.var(x, ddof=1) for x in means) / 2)
+    gap = np.std(means[1] - means[0], ddof=1)
+    for x, deviation, freedom in ((one, math.sqrt(2) * own, 4), (many, gap / math.sqrt(3), 2)):
+        wanted = 2 * deviation * scipy.stats.t.ppf(0.975, freedom)
+        assert x["high"] - x["low"] == pytest.approx(wanted, rel=0.12)
+    t = abs(one["mean"]) / (math.sqrt(2) * own)
+    assert one["p"] == pytest.approx(2 * scipy.stats.t.sf(t, 4), rel=1e-6)
     text = comparison.table_text({"f": tables}, ["c", "absent"])
     assert "one (1)" in text and f"{one['mean']:+.2f}" in text

@@ -165,7 +165,7 @@ def test_latents_of_a_trained_model(executed):
     """The ablation's own, whose recordings are not here: its curve is near the true one."""
     text = printed(executed("latents", WORKDIR=str(COLAB / "weights" / "db_mel_pm")))
     assert "db mel, learned comparison" in text and "synthetic talkers instead: " in text
-    assert float(text.split("shape error ")[1].split()[0]) < 3.0  # 4.5 if untouched
+    assert float(text.split("shape error ")[1].split()[0]) < 3.0  # 3.8 if untouched
 
 
 @pytest.mark.timeout(600)
