@@ -3,7 +3,7 @@
 python -m eqst.train --config=configs/linear_mel_bl.py --workdir=runs/linear_mel_bl
 
 Time as configs/db_mel_pm.py; 2.69 dB at 3 s, measured in the same way (`normalisation,
-linear_mel_bl` in colab/results/ablation.md; 2.93, the mean of five seeds, with normalised features).
+linear_mel_bl` in colab/results/ablation.md; with normalised features 2.93, mean of five seeds).
 """
 
 from eqst import recipes
