@@ -133,7 +133,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "results", "", "Folder of results JSON; default: the clone's colab/results."
     )
-    flags.DEFINE_integer("pairs", 96, "Held-out pairs that examples are chosen from.", 10, 10_000)
+    flags.DEFINE_integer("pairs", 400, "Held-out pairs: examples and claims.", 10, 10_000)
     flags.DEFINE_bool("overwrite", False, "Replace a page that is already there.")
     flags.mark_flags_as_required(["workdir", "output"])
 
