@@ -20,19 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from eqst import (
-    baselines,
-    card,
-    command,
-    contestants,
-    corpus,
-    eq,
-    files,
-    leaderboard,
-    pairs,
-    tasks,
-    trials,
-)
+from eqst import baselines, card, command, contestants, corpus, eq, files, leaderboard, pairs, tasks
 from eqst.contestants import BASELINES, UNTUNED, Answer, AnswerError, Listener
 from eqst.evaluate import machine
 from eqst.evidence import Evidence, stack
@@ -316,8 +304,7 @@ def who(options: Any) -> tuple[list[Listener], list[str]]:
         elif word in BASELINES:
             names.append(word)
         elif os.path.isdir(word) or card.is_exported(word):
-            name = options.name or trials.name_of(word)
-            listeners.append(contestants.of_workdir(name, word))
+            listeners.append(contestants.of_workdir(options.name, word))
         else:
             there = ", ".join(("packaged", "baselines", *BASELINES))
             raise ValueError(f"--predictor={word} is neither a run's folder nor one of {there}")

@@ -93,13 +93,13 @@ def packaged() -> Listener:
 
 
 def of_workdir(name: str, workdir: str) -> Listener:
-    """A run of `eqst.train`, by its best checkpoint."""
+    """A run of `eqst.train`, by its best checkpoint; without a name it has its folder's."""
     loaded = checkpoint.load(workdir)
     run = trials.from_loaded(loaded, workdir)
     leaves = sorted(checkpoint.named_leaves(loaded.params).items())
     content = b"".join(np.ascontiguousarray(leaf, "<f4").tobytes() for _, leaf in leaves)
     facts = {"trained_at": run.commit, "step": run.step, "weights": card.digest(content)[:16]}
-    return model(name, run, facts)
+    return model(name or trials.name_of(workdir), run, facts)
 
 
 def model(name: str, run: trials.Run, facts: dict[str, Any]) -> Listener:

@@ -220,9 +220,9 @@ def test_a_row_is_never_taken_for_another_models(scored, repo):
     assert trials.name_of("runs/a/variant/db_mel_pm/0") == "variant/db_mel_pm/0"
     assert trials.name_of("runs/mine") == trials.name_of("runs/mine/") == "mine"
     weights = repo / "colab" / "weights"
-    facts = [
-        contestants.of_workdir("0", str(weights / x)).facts for x in ("db_mel_pm", "db_mel_bl")
-    ]
+    models = [contestants.of_workdir("", str(weights / x)) for x in ("db_mel_pm", "db_mel_bl")]
+    assert [model.name for model in models] == ["db_mel_pm", "db_mel_bl"]
+    facts = [model.facts for model in models]
     assert facts[0]["weights"] != facts[1]["weights"]
     board = board_of(scored)
     own = board["methods"]["packaged"]["scores"][ONE]["facts"]
