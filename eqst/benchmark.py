@@ -331,14 +331,15 @@ def _score(
     facts: dict[str, dict[str, Any]] = {one.name: one.facts for one in listeners}
     tuned = {"tuning_pairs": contestants.TUNING_PAIRS}
     facts |= {name: {} if name in UNTUNED else tuned for name in names}
+    if not options.overwrite:
+        board = leaderboard.load_or_empty(folder)
+        for one in listeners:
+            leaderboard.check_same(board, one.name, one.facts)
     began, done = time.monotonic(), 0.0
     effort = [4.0 + task.seconds for _, task in chosen]  # of a pair, in proportion
     for number, (source, task) in enumerate(chosen):
         board = leaderboard.load_or_empty(folder)
         sha = tasks.expected(source.manifest, task, options.pairs)
-        for one in listeners:
-            if not options.overwrite:
-                leaderboard.check_same(board, one.name, one.facts)
         wanted = [
             name
             for name in facts

@@ -215,6 +215,10 @@ def test_figures_of_a_run_are_those_of_its_latents(measured, heard):
 def test_errors_with_and_without_what_is_fed(measured, heard):
     """Counted by hand from what the predictor says; the probe of a subtraction is one probe."""
     runs, stats = measured
+    for name in runs:
+        figures = stats["models"][name]["predictor"]
+        assert figures["error_mean_db"]["mean"] > 0
+        assert figures["percent_db"]["mean"] > 0 and figures["spread_db"]["mean"] > 0
     test, train = heard
     fed_nL, mean_L = test.latents.fed_L, train.latents.fed_L.mean(axis=0)
     feeds = {

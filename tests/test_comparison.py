@@ -144,7 +144,7 @@ def test_a_level_of_one_seed_gets_the_noise_of_the_others() -> None:
     gap = np.std(means[1] - means[0], ddof=1)
     for x, deviation, freedom in ((one, math.sqrt(2) * own, 4), (many, gap / math.sqrt(3), 2)):
         wanted = 2 * deviation * scipy.stats.t.ppf(0.975, freedom)
-        assert x["high"] - x["low"] == pytest.approx(wanted, rel=0.12)
+        assert x["high"] - x["low"] == pytest.approx(wanted, rel=0.1)
     t = abs(one["mean"]) / (math.sqrt(2) * own)
     assert one["p"] == pytest.approx(2 * scipy.stats.t.sf(t, 4), rel=1e-6)
     text = comparison.table_text({"f": tables}, ["c", "absent"])
