@@ -39,6 +39,8 @@ ORDER = (
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
+    # a sweep's runs
+    *("sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
     # the open benchmark
     *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
     # the page

@@ -1,19 +1,18 @@
 """launch/sweep.py: what it expands to, that it goes on, that one failure takes no other down."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eqst import card, config
+from eqst.sweeps import members, outcomes
 
 CONFIG = """
 from eqst import recipes
@@ -41,15 +40,6 @@ def sweep(argument=""):
 """
 
 
-@pytest.fixture(scope="module")
-def sweep(repo: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep", repo / "launch" / "sweep.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.py"
@@ -62,34 +52,32 @@ def run(repo: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=900)
 
 
-def members_of(sweep: types.ModuleType, path: Path, argument: str = "") -> list:
+def members_of(path: Path, argument: str = "") -> list:
     namespace: dict = {}
     exec(path.read_text(), namespace)
     base = namespace["get_config"](argument)
-    return sweep.expand(f"{path}:{argument}" if argument else str(path), base)
+    return members.expand(f"{path}:{argument}" if argument else str(path), base)
 
 
-def test_equal_settings_are_one_run(sweep: types.ModuleType, config_file: Path) -> None:
-    members = members_of(sweep, config_file)
-    assert [member.name for member in members] == [
+def test_equal_settings_are_one_run(config_file: Path) -> None:
+    runs = members_of(config_file)
+    assert [member.name for member in runs] == [
         "head/grid/0",
         "head/continuous/0",
         "head/grid/1",
         "head/continuous/1",
     ]
-    assert [place[:3] for place in members[0].places] == [
+    assert [place[:3] for place in runs[0].places] == [
         ("head", "grid", 0),
         ("again", "the same", 0),
     ]
-    assert [member.config.seed for member in members] == [0, 0, 1, 1]
-    assert members[1].config.model.head == "continuous"
+    assert [member.config.seed for member in runs] == [0, 0, 1, 1]
+    assert runs[1].config.model.head == "continuous"
 
 
-def test_the_ablation_expands_with_and_without_recordings(
-    sweep: types.ModuleType, repo: Path
-) -> None:
+def test_the_ablation_expands_with_and_without_recordings(repo: Path) -> None:
     path = repo / "configs" / "ablation.py"
-    plain, real = members_of(sweep, path), members_of(sweep, path, "some/folder")
+    plain, real = members_of(path), members_of(path, "some/folder")
     factors = {place[0] for member in real for place in member.places}
     assert factors >= {"variant", "head", "loss", "ranges", "protocol", "mel bands", "data"}
     assert "data" not in {place[0] for member in plain for place in member.places}
@@ -102,9 +90,7 @@ def test_the_ablation_expands_with_and_without_recordings(
     assert all(m.config.data.permissive_only for m in first)
 
 
-def test_wrong_changes_are_one_line(
-    sweep: types.ModuleType, repo: Path, tmp_path: Path, config_file: Path
-) -> None:
+def test_wrong_changes_are_one_line(repo: Path, tmp_path: Path, config_file: Path) -> None:
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
         CONFIG + "\ndef sweep(argument=''):\n    yield 'a', 'b', 0, {'model.nose': 1}\n"
@@ -128,7 +114,8 @@ def test_dry_run_names_what_changes(repo: Path, tmp_path: Path, config_file: Pat
     words = (f"--config={config_file}", f"--workdir={tmp_path / 'none'}", "--dry_run")
     done = run(repo, *words, "--only=continuous/1", "--config.train.steps=7")
     assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.strip().splitlines()
+    line, command = done.stdout.strip().splitlines()
+    assert command.endswith("--only=continuous/1 --config.train.steps=7 --member=head/continuous/1")
     assert line.startswith("head/continuous/1: ") and "model.head: grid -> continuous" in line
     assert "steps" not in line  # that is the base's
     assert not (tmp_path / "none").exists()
@@ -149,21 +136,19 @@ def write_member(folder: Path, member, errors: list[float], valid: float) -> Non
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
 
 
-def test_gathering_by_hand_and_from_another_machine(
-    sweep: types.ModuleType, tmp_path: Path, config_file: Path
-) -> None:
-    members = members_of(sweep, config_file)
+def test_gathering_by_hand_and_from_another_machine(tmp_path: Path, config_file: Path) -> None:
+    runs = members_of(config_file)
     errors = {"head/grid/0": [1.0, 2.0, 3.0, 4.0], "head/grid/1": [1.1, 2.1, 3.1, 4.1]}
     errors |= {"head/continuous/0": [2.0, 3.0, 4.0, 5.0]}
-    by_name = {member.name: member for member in members}
+    by_name = {member.name: member for member in runs}
     for name, values in errors.items():
         write_member(tmp_path / "a" / name, by_name[name], values, 2.0)
-    outcomes = {
-        member.name: sweep.outcome(tmp_path / "a", member)
-        for member in members
-        if sweep.done(tmp_path / "a", member)
+    found = {
+        member.name: outcomes.outcome(tmp_path / "a", member)
+        for member in runs
+        if members.done(tmp_path / "a", member)
     }
-    content = sweep.gather(members, outcomes)
+    content = outcomes.gather(runs, found)
     head, again = content["tables"]["head"], content["tables"]["again"]
     assert [row["level"] for row in head] == ["grid", "continuous"]
     assert [row["seeds"] for row in head] == [2, 1]
@@ -174,53 +159,48 @@ def test_gathering_by_hand_and_from_another_machine(
 
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(content))
-    known = sweep.known_outcomes(str(path), members)
+    stored = outcomes.read_known(str(path))
+    known = outcomes.known_outcomes(stored, runs)
     assert set(known) == set(errors)
-    assert sweep.gather(members, known)["tables"] == content["tables"]
+    assert outcomes.gather(runs, known)["tables"] == content["tables"]
     # Other settings are another run.
-    other = [
-        m._replace(config=m.config.__class__(**{**vars(m.config), "seed": 9})) for m in members
-    ]
-    assert not sweep.known_outcomes(str(path), other)
-    assert sweep.known_line(str(path), 0, other).endswith("this one's in seed: 0 -> 9")
-    assert sweep.known_line(str(path), 3, members).startswith("known: 3 of the ")
+    other = [m._replace(config=m.config.__class__(**{**vars(m.config), "seed": 9})) for m in runs]
+    assert not outcomes.known_outcomes(stored, other)
+    assert outcomes.known_line(stored, 0, other).endswith("this one's in seed: 0 -> 9")
+    assert outcomes.known_line(stored, 3, runs).startswith("known: 3 of the ")
 
 
-def test_a_run_of_other_settings_is_not_done(
-    sweep: types.ModuleType, tmp_path: Path, config_file: Path
-) -> None:
-    member = members_of(sweep, config_file)[0]
+def test_a_run_of_other_settings_is_not_done(tmp_path: Path, config_file: Path) -> None:
+    member = members_of(config_file)[0]
     write_member(tmp_path / member.name, member, [1.0, 2.0], 2.0)
     train = dataclasses.replace(member.config.train, checkpoint_every=7)  # changes no result
-    assert sweep.done(
+    assert members.done(
         tmp_path, member._replace(config=dataclasses.replace(member.config, train=train))
     )
     train = dataclasses.replace(member.config.train, steps=5)
-    assert not sweep.done(
+    assert not members.done(
         tmp_path, member._replace(config=dataclasses.replace(member.config, train=train))
     )
 
 
-def test_a_missing_first_run_costs_its_differences_alone(
-    sweep: types.ModuleType, tmp_path: Path, config_file: Path
-) -> None:
-    members = {member.name: member for member in members_of(sweep, config_file)}
+def test_a_missing_first_run_costs_its_differences_alone(tmp_path: Path, config_file: Path) -> None:
+    runs = {member.name: member for member in members_of(config_file)}
     for name in ("head/grid/1", "head/continuous/0"):
-        write_member(tmp_path / name, members[name], [1.0, 2.0], 2.0)
-    outcomes = {
-        name: sweep.outcome(tmp_path, x) for name, x in members.items() if sweep.done(tmp_path, x)
+        write_member(tmp_path / name, runs[name], [1.0, 2.0], 2.0)
+    found = {
+        name: outcomes.outcome(tmp_path, x) for name, x in runs.items() if members.done(tmp_path, x)
     }
-    grid, continuous = sweep.gather(list(members.values()), outcomes)["tables"]["head"]
+    grid, continuous = outcomes.gather(list(runs.values()), found)["tables"]["head"]
     assert grid["figures"].keys() == continuous["figures"].keys() and not continuous["differences"]
 
 
-def test_other_pairs_are_not_compared(sweep: types.ModuleType, tmp_path: Path, config_file: Path):
-    members = members_of(sweep, config_file)
-    write_member(tmp_path / members[0].name, members[0], [1.0, 2.0], 2.0)
-    write_member(tmp_path / members[1].name, members[1], [1.0, 2.0, 3.0, 4.0], 2.0)
-    outcomes = {m.name: sweep.outcome(tmp_path, m) for m in members[:2]}
+def test_other_pairs_are_not_compared(tmp_path: Path, config_file: Path):
+    runs = members_of(config_file)
+    write_member(tmp_path / runs[0].name, runs[0], [1.0, 2.0], 2.0)
+    write_member(tmp_path / runs[1].name, runs[1], [1.0, 2.0, 3.0, 4.0], 2.0)
+    found = {m.name: outcomes.outcome(tmp_path, m) for m in runs[:2]}
     with pytest.raises(ValueError, match="different pairs"):
-        sweep.gather(members, outcomes)
+        outcomes.gather(runs, found)
 
 
 @pytest.mark.long
@@ -264,26 +244,24 @@ def test_a_sweep_runs_goes_on_and_survives_a_failure(repo: Path, tmp_path: Path,
 
 
 def test_one_of_other_recordings_or_a_damaged_card_is_not_done(
-    sweep: types.ModuleType, tmp_path: Path, config_file: Path
+    tmp_path: Path, config_file: Path
 ) -> None:
-    member = members_of(sweep, config_file)[0]
+    member = members_of(config_file)[0]
     write_member(tmp_path / member.name, member, [1.0, 2.0], 2.0)
     results = tmp_path / member.name / "heldout" / "results.json"
-    assert sweep.done(tmp_path, member, data="any")  # an older one does not say on which
+    assert members.done(tmp_path, member, data="any")  # an older one does not say on which
     facts = json.loads(results.read_text()) | {"recordings": ["here", "list.csv"]}
     results.write_text(json.dumps(facts))
-    assert sweep.done(tmp_path, member, data="here", manifest="list.csv")
-    assert not sweep.done(tmp_path, member, data="there", manifest="list.csv")
+    assert members.done(tmp_path, member, data="here", manifest="list.csv")
+    assert not members.done(tmp_path, member, data="there", manifest="list.csv")
     (tmp_path / member.name / card.CARD_NAME).write_text("{")
-    assert not sweep.done(tmp_path, member, data="here", manifest="list.csv")
+    assert not members.done(tmp_path, member, data="here", manifest="list.csv")
 
 
-def test_what_a_run_holds_out_does_not_depend_on_later_lengths(
-    sweep: types.ModuleType, repo: Path
-) -> None:
+def test_what_a_run_holds_out_does_not_depend_on_later_lengths(repo: Path) -> None:
     """It is pairs of the first length, of one recording: mixed lengths are compared by it."""
-    members = members_of(sweep, repo / "configs" / "ablation.py")
-    pairs = {place[:2]: sweep._pairs_of(member) for member in members for place in member.places}
+    runs = members_of(repo / "configs" / "ablation.py")
+    pairs = {place[:2]: outcomes._pairs_of(member) for member in runs for place in member.places}
     first = pairs["variant", "db_mel_pm"]
     for level in (
         ("segment length", "3, 10, 1.5 and 6 s"),

@@ -1,0 +1,161 @@
+"""The runs of a sweep on this machine: some processes at a time, each of them one run."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+
+from eqst.record import clock
+from eqst.sweeps.members import Member
+from eqst.train import Interrupted
+
+TRIES = 2  # of a run that fails
+
+
+class Interruption:
+    """Remembers that the sweep was told to stop."""
+
+    def __init__(self) -> None:
+        """From here on SIGTERM and SIGINT are remembered."""
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.name = signal.Signals(number).name
+
+
+def run_all(
+    workdir: pathlib.Path,
+    waiting: list[Member],
+    is_done: Callable[[Member], bool],
+    words: Callable[[str], list[str]],
+    *,
+    jobs: int,
+    minutes: float,
+) -> list[str]:
+    """Runs members, `jobs` processes at a time; the names of those that failed.
+
+    A member is a process of its own: one that fails is tried again at the end and takes no other
+    down. SIGTERM, SIGINT or the end of `minutes` (0: none) stop all of them, saved; so does the end
+    of this process, whatever it is.
+
+    Args:
+      workdir: of the sweep.
+      waiting: the members, in this order.
+      is_done: whether one has left all that it should.
+      words: the command that runs the member of a name.
+      jobs: processes at a time.
+      minutes: after which all stop; 0: never.
+
+    Raises:
+      Interrupted: stopped; the same command goes on.
+    """
+    running: dict[str, tuple[Member, subprocess.Popen, float]] = {}
+    try:
+        return _run_all(workdir, list(waiting), running, is_done, words, jobs, minutes)
+    finally:
+        _end(running)
+
+
+def _run_all(
+    workdir: pathlib.Path,
+    waiting: list[Member],
+    running: dict[str, tuple[Member, subprocess.Popen, float]],
+    is_done: Callable[[Member], bool],
+    words: Callable[[str], list[str]],
+    jobs: int,
+    minutes: float,
+) -> list[str]:
+    every = len(waiting)
+    tries = dict.fromkeys((member.name for member in waiting), 0)
+    failed: list[str] = []
+    finished, began = 0, time.monotonic()
+    stop = Interruption()
+    while waiting or running:
+        late = minutes > 0 and time.monotonic() - began > 60 * minutes
+        if stop.name or late:
+            why = stop.name or f"the {minutes:g} minutes are over"
+            raise Interrupted(f"{why}: {finished} of {every} done; the same command goes on")
+        while waiting and len(running) < jobs:
+            member = waiting.pop(0)
+            tries[member.name] += 1
+            running[member.name] = (
+                member,
+                _start(workdir, member, words(member.name), jobs),
+                time.monotonic(),
+            )
+        for name, (member, process, since) in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del running[name]
+            seconds = time.monotonic() - since
+            if code == 0 and is_done(member):
+                finished += 1
+                spent = time.monotonic() - began
+                left = spent / finished * (len(waiting) + len(running))
+                line = f"{finished}/{every}  {name}  {seconds:.0f} s  left {clock(left)}"
+                print(line, flush=True)
+            elif tries[name] < TRIES:
+                print(
+                    f"{name}: failed ({_last_line(workdir, member)}); once more later", flush=True
+                )
+                waiting.append(member)
+            else:
+                print(f"{name}: FAILED ({_last_line(workdir, member)})", flush=True)
+                failed.append(name)
+        time.sleep(0.2)
+    return failed
+
+
+def _start(workdir: pathlib.Path, member: Member, words: list[str], jobs: int) -> subprocess.Popen:
+    folder = workdir / member.name
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if jobs > 1:  # several processes share an accelerator's memory
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which tells its children
+        )
+
+
+def leave_with_parent() -> None:
+    """Has this process told to save and leave when the sweep that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(running: dict[str, tuple[Member, subprocess.Popen, float]]) -> None:
+    """Tells every run to save and leave, and waits for them."""
+    for _, process, _ in running.values():
+        process.terminate()
+    deadline = time.monotonic() + 60
+    for _, process, _ in running.values():
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _last_line(workdir: pathlib.Path, member: Member) -> str:
+    """What a failed run said last."""
+    text = (workdir / member.name / "log.txt").read_text(errors="replace").strip()
+    return text.splitlines()[-1][:200] if text else "no word"

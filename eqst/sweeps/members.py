@@ -1,0 +1,129 @@
+"""What a sweep expands to: runs named for what they stand for, equal settings as one.
+
+A config file has, beside get_config(), a generator sweep() of (factor, level, seed, changes): what
+each run changes of the config, dotted key by dotted key. A run lives in a folder of its own,
+WORKDIR/FACTOR/LEVEL/SEED, which says by itself whether it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import runpy
+from typing import Any, NamedTuple
+
+from eqst import card, config
+from eqst.train import FREE_KEYS, differing_keys
+
+
+class Place(NamedTuple):
+    """What a run stands for: a level of a factor with a seed, in the `order` of sweep()."""
+
+    factor: str
+    level: str
+    seed: int
+    order: int
+
+
+class Member(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder, "factor/level/seed" made safe for a path.
+      config: its settings.
+      places: everything it stands for.
+    """
+
+    name: str
+    config: config.Config
+    places: tuple[Place, ...]
+
+
+def expand(path: str, base: Any) -> list[Member]:
+    """The members of a config file's sweep(), runs with equal settings as one.
+
+    Args:
+      path: of the config file, perhaps with ":ARGUMENT", which get_config and sweep are given.
+      base: the ConfigDict of get_config(), with --config.key=value applied.
+
+    Raises:
+      ConfigError: no sweep() there, or it changes what is no setting.
+    """
+    file, colon, argument = path.partition(":")
+    module = runpy.run_path(file)
+    if "sweep" not in module:
+        raise config.ConfigError(
+            f"--config={file} has no generator sweep(): see configs/ablation.py"
+        )
+    members: dict[str, Member] = {}
+    expanded = module["sweep"](*([argument] if colon else []))
+    for index, (factor, level, seed, changes) in enumerate(expanded):
+        settings = base.copy_and_resolve_references()
+        settings.seed = seed
+        try:
+            settings.update_from_flattened_dict(changes)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise config.ConfigError(f"sweep: {factor}/{level} cannot be set: {error}") from None
+        made = config.validate(settings)
+        key = json.dumps(config.as_dict(made), sort_keys=True)
+        place = Place(factor, level, seed, index)
+        name = "/".join(_safe(part) for part in (factor, level, str(seed)))
+        if key in members:
+            known = members[key]
+            members[key] = known._replace(places=(*known.places, place))
+        else:
+            members[key] = Member(name, made, (place,))
+    return list(members.values())
+
+
+def _safe(text: str) -> str:
+    """A part of a path that any file system and shell takes."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
+
+
+def done(workdir: pathlib.Path, member: Member, data: str = "", manifest: str = "") -> bool:
+    """Whether a member has been trained and evaluated, with these settings, on these recordings.
+
+    One of other settings or with a damaged card is not done: training will refuse its folder, or
+    mend it, and say why. One that was evaluated on other recordings is evaluated again.
+    """
+    folder = workdir / member.name
+    if not (folder / "heldout" / "errors.csv").is_file():
+        return False
+    try:
+        stored = config.from_card(card.card_of(folder)["config"])
+        results = json.loads((folder / "heldout" / "results.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    if "recordings" in results and results["recordings"] != [data, manifest]:
+        return False
+    return not differing_keys(result_settings(stored), result_settings(member.config))
+
+
+def result_settings(settings: config.Config) -> dict[str, Any]:
+    """The settings, but for what changes no result."""
+    plain = config.as_dict(settings)
+    for key in (*FREE_KEYS, "train.checkpoint_every"):
+        group, name = key.split(".")
+        plain[group].pop(name)
+    return plain
+
+
+def settings_hash(member: Member) -> str:
+    return card.digest(json.dumps(result_settings(member.config), sort_keys=True))[:16]
+
+
+def chosen(members: list[Member], pattern: str) -> list[Member]:
+    try:
+        chosen = [member for member in members if re.search(pattern, member.name)]
+    except re.error as error:
+        raise ValueError(f"--only={pattern} is no regular expression ({error})") from None
+    if not chosen:
+        raise ValueError(f"--only={pattern} fits none of the {len(members)} runs: see --dry_run")
+    return chosen
+
+
+def changes(member: Member, base: config.Config) -> str:
+    """What a member's settings change of the sweep's base, 'key: old -> new; ..'."""
+    return "; ".join(differing_keys(config.as_dict(base), config.as_dict(member.config)))
