@@ -52,7 +52,6 @@ from eqst.seal import (
     Damaged,
     complete_steps,
     find_card,
-    leaf_facts,
     mend_card,
     read_card,
     read_seal,
@@ -222,7 +221,9 @@ class Checkpoints:
             seal = together(lambda: read_seal(self._last / str(step)), Damaged)
             arrays.check_same_tree(seal["leaves"], targets, self._last / str(step))
             folder = self._last / str(step)
-            tree = together(lambda: arrays.read_tree(folder, target_tree, seal["leaves"]), Damaged)
+            tree = together(lambda: arrays.read_tree(folder, target_tree), Damaged)
+            found = arrays.facts_of(tree)
+            together(lambda: arrays.compare(found, seal["leaves"]), Damaged)
             return tree, seal["notes"] if "notes" in seal else {}  # older ones have none
 
         step, (state, self.notes), damaged = _newest_readable(self._last, read)
@@ -344,7 +345,9 @@ def _load_params(root: epath.Path) -> tuple[int, Any]:
             name: np.empty(facts["shape"], np.dtype(facts["dtype"]))
             for name, facts in wanted.items()
         }
-        return arrays.read_tree(root / str(step), nested(targets), wanted, partial=True)
+        tree = arrays.read_tree(root / str(step), nested(targets), partial=True)
+        arrays.compare(arrays.facts_of(tree, wanted), wanted)
+        return tree
 
     step, tree, _ = _newest_readable(root, read)
     return step, tree["params"]
@@ -374,7 +377,7 @@ def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
     tree = jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree
     )
-    leaves = {name: leaf_facts(leaf) for name, leaf in named_leaves(tree).items()}
+    leaves = arrays.facts_of(tree)
     folder = root / str(step)
     # Without a seal this is what an interrupted save or a damaged checkpoint left.
     if jax.process_index() == 0 and folder.exists():

@@ -137,6 +137,8 @@ class Train:
     eval_pairs: int = 256
     checkpoint_every: int = 500
     devices: int = 0  # 0: all there are
+    # Over how many devices the large leaves of parameters and optimiser state are split.
+    fsdp: int = 1
     # Start from the parameters of another workdir (its best checkpoint).
     init_from: str = ""
     tensorboard: bool = False
@@ -233,6 +235,7 @@ BOUNDS = {
     "train.eval_pairs": (1, 1_000_000),
     "train.checkpoint_every": (1, 2**31 - 1),
     "train.devices": (0, 1_000_000),
+    "train.fsdp": (1, 1_000_000),
     "evaluation.seconds": (0.5, 60.0),
     "evaluation.pairs": (4, 1_000_000),
     "evaluation.tune_pairs": (16, 1_000_000),

@@ -1,8 +1,9 @@
-"""Devices and processes: one mesh with one axis, what is split over it, how host data get there.
+"""Devices and processes: one mesh with two axes, what is split over it, how host data get there.
 
-Training is data-parallel: the examples of a batch are split over the axis `data`, everything else
-(a few MB of parameters, optimiser state, metrics) is a copy on every device. The names of axes
-stand in this module and nowhere else.
+The examples of a batch are split over all devices. Along the axis `data` everything else is a copy;
+along the axis `fsdp` (one device wide, unless asked for) the large leaves of parameters and
+optimiser state are split as well, and gathered where a step needs them: our networks are a few MB
+and need none of it, larger ones may. The names of axes stand in this module and nowhere else.
 
 Several processes (one per host, as a rule) run the same program on their own devices: `join` makes
 them one, and from then on every function here is called by all of them, in the same order.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
+DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 
 # Auto lets the compiler place what lies between our inputs and outputs. Under Explicit a placement
 # is part of every array's type: the convolutions and `vmap` work (with the mesh set globally), but
@@ -30,8 +32,11 @@ DATA_AXIS = "data"
 # refused until each line names an out_sharding: placement in modules that should not know of it.
 AXIS_TYPE = AxisType.Auto
 
-SPLIT = PartitionSpec(DATA_AXIS)
+SPLIT = PartitionSpec((DATA_AXIS, FSDP_AXIS))
 COPIED = PartitionSpec()
+
+# Smaller leaves (biases, norms) stay whole: to gather them costs more than they weigh.
+LEAST_SPLIT = 1024
 
 # JAX itself reads the first of these alone.
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -123,39 +128,63 @@ def gathered(number: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where each part of training lives; each is a NamedSharding, good for a whole subtree.
+    """Where each part of training lives.
 
-    `batch` fits arrays of any rank whose first axis counts examples.
+    Attributes:
+      batch: of arrays of any rank whose first axis counts examples.
+      copied: of what is the same everywhere: metrics, the normalisation, a resident corpus.
+      state: from a tree of parameters or optimiser state (arrays, or their shapes) to its
+        shardings, leaf by leaf.
     """
 
     batch: NamedSharding
-    params: NamedSharding
-    opt_state: NamedSharding
-    metrics: NamedSharding
+    copied: NamedSharding
+    state: Callable[[Any], Any]
 
     @classmethod
     def of(cls, mesh: Mesh) -> Shardings:
         """The rules on one mesh."""
-        return cls(
-            batch=NamedSharding(mesh, SPLIT),
-            params=NamedSharding(mesh, COPIED),
-            opt_state=NamedSharding(mesh, COPIED),
-            metrics=NamedSharding(mesh, COPIED),
-        )
+
+        def state(tree: Any) -> Any:
+            return jax.tree.map(lambda x: NamedSharding(mesh, _state_spec(x.shape, mesh)), tree)
+
+        return cls(NamedSharding(mesh, SPLIT), NamedSharding(mesh, COPIED), state)
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A one-dimensional mesh over the first `num_devices` devices of all processes.
+def _state_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How a leaf of the state is split: its longest axis that divides, over the axis `fsdp`."""
+    ways = mesh.shape[FSDP_AXIS]
+    fitting = [axis for axis, size in enumerate(shape) if size % ways == 0]
+    if ways == 1 or math.prod(shape) < LEAST_SPLIT or not fitting:
+        return COPIED
+    longest = max(fitting, key=lambda axis: shape[axis])
+    return PartitionSpec(*(FSDP_AXIS if axis == longest else None for axis in range(len(shape))))
+
+
+def share_line(tree: Any) -> str:
+    """How much of a state a device holds, where it is split; nothing where all of it is a copy."""
+    leaves = jax.tree.leaves(tree)
+    whole = sum(leaf.nbytes for leaf in leaves)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    if held == whole:
+        return ""
+    return f"; of {whole / 1e6:.1f} MB of state a device holds {held / 1e6:.1f} MB"
+
+
+def make_mesh(num_devices: int | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh [data, fsdp] over the first `num_devices` devices of all processes.
 
     Devices are in the order of their processes, so each process owns one contiguous run of a batch
-    and example k of the global batch is the same for any number of hosts.
+    and example k of the global batch is the same for any number of hosts and any `fsdp`. The axis
+    `fsdp` is the inner one: its devices are neighbours, on one host where they fit.
 
     Args:
       num_devices: how many devices to use; None takes all.
+      fsdp: over how many of them large leaves of the state are split.
 
     Raises:
       ValueError: more devices asked for than there are, fewer than 1, or (with several processes)
-        a number that leaves a process without a device.
+        a number that leaves a process without a device; `fsdp` does not divide them.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count = len(devices) if num_devices is None else num_devices
@@ -172,7 +201,12 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
             f"{count} of {len(devices)} devices leave {len(idle)} of {jax.process_count()} "
             "processes without one: use all devices, or start fewer processes"
         )
-    return Mesh(np.asarray(devices[:count]), (DATA_AXIS,), axis_types=(AXIS_TYPE,))
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} does not divide {count} devices: use 1 (nothing is split), or a divisor"
+        )
+    grid = np.asarray(devices[:count]).reshape(-1, fsdp)
+    return Mesh(grid, (DATA_AXIS, FSDP_AXIS), axis_types=(AXIS_TYPE, AXIS_TYPE))
 
 
 def process_slice(mesh: Mesh, global_batch_size: int) -> slice:

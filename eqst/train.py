@@ -42,7 +42,10 @@ from eqst.record import Record, clock
 
 EXIT_INTERRUPTED = 75
 # Settings that may differ between two runs on one workdir without changing a result.
-FREE_KEYS = ("train.devices", "train.log_every", "train.tensorboard", "data.cache_dir")
+FREE_KEYS = (
+    *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
+    "data.cache_dir",
+)
 
 
 class Interrupted(Exception):
@@ -236,7 +239,7 @@ def _run(
     signals: _Signals,
     say: Callable[[str], None],
 ) -> State:
-    devices = mesh.make_mesh(config.train.devices or None)
+    devices = mesh.make_mesh(config.train.devices or None, config.train.fsdp)
     rules = mesh.Shardings.of(devices)
     # Refuses a batch that does not divide by the devices before any work is done.
     mesh.process_slice(devices, config.train.batch_size)
@@ -246,10 +249,10 @@ def _run(
         predictor.check_params(config, loaded.params, config.train.init_from)
         start = loaded.params["network"]
     # The key is an argument, so that runs of other seeds find this compiled.
-    make_state = functools.partial(
-        jax.jit(functools.partial(init_state, config, start), out_shardings=rules.params),
-        key=jax.random.key(config.seed),
-    )
+    key = jax.random.key(config.seed)
+    initial = functools.partial(init_state, config, start)
+    where = rules.state(jax.eval_shape(initial, key=key))
+    make_state = functools.partial(jax.jit(initial, out_shardings=where), key=key)
     resumed = _restore(config, saved, make_state, rules)
     if resumed is not None:
         state, normalisation = resumed
@@ -284,14 +287,14 @@ def _run(
     say(f"valid: {config.train.eval_pairs} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
     record = Record(workdir, int(state.step), config.train.tensorboard, say)
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    say(f"network: {count:,} parameters")
+    say(f"network: {count:,} parameters" + mesh.share_line(state))
 
     # That some process was told to stop comes out of the step as its loss does: the same for all.
     @functools.partial(
         jax.jit,
         static_argnums=5,
         donate_argnums=0,
-        out_shardings=(rules.params, rules.metrics, rules.metrics),
+        out_shardings=(where, rules.copied, rules.copied),
     )
     def step_once(
         state: State, normalisation: Any, batch: Any, constants: Any, flag: Any, which: int
@@ -299,7 +302,7 @@ def _run(
         seen = supply.see(batch, constants, which)
         return *train_step(config, state, normalisation, seen), jnp.any(flag)
 
-    evaluate = jax.jit(functools.partial(held_out_error_db, config), out_shardings=rules.metrics)
+    evaluate = jax.jit(functools.partial(held_out_error_db, config), out_shardings=rules.copied)
 
     name = "valid_shape_db" if held_out else "train_exact_shape_db"
     start_step, lengths = int(state.step), len(config.data.segment_seconds)
@@ -381,9 +384,11 @@ def _restore(
 ) -> tuple[State, predictor.Normalisation] | None:
     """The newest intact checkpoint, or None."""
     state = jax.eval_shape(make_state)
+    tree = _saved_tree(state, predictor.normalisation_shape(config))
+    where = rules.state(tree)
+    where["params"]["normalisation"] = dict.fromkeys(tree["params"]["normalisation"], rules.copied)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.params),
-        _saved_tree(state, predictor.normalisation_shape(config)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where
     )
     found = saved.restore(abstract)
     if found is None:

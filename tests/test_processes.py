@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,14 +37,15 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def environments(cache: Path, count: int) -> list[dict[str, str]]:
-    """What each of `count` processes has to know."""
+def environments(cache: Path, count: int, devices: int = 1) -> list[dict[str, str]]:
+    """What each of `count` processes with so many devices has to know."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -51,13 +53,15 @@ def environments(cache: Path, count: int) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def started(words: list[str], cache: Path) -> Iterator[list[subprocess.Popen]]:
-    """The same command as two processes; none outlives the block."""
+def started(
+    words: list[str], cache: Path, count: int = 2, devices: int = 1
+) -> Iterator[list[subprocess.Popen]]:
+    """The same command as several processes; none outlives the block."""
     processes = [
         subprocess.Popen(
             words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for environment in environments(cache, 2)
+        for environment in environments(cache, count, devices)
     ]
     try:
         yield processes
@@ -190,6 +194,34 @@ def test_both_are_refused_and_neither_waits_for_the_other(cache, tmp_path):
         assert code == 1 and out == "" and "holds a run with other settings (" in err
         assert err.splitlines()[-1].startswith("eqst.train: ") and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+# What a device holds of the state where it is split, in MB.
+HELD = re.compile(r"of ([\d.]+) MB of state a device holds ([\d.]+) MB")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "processes, devices, fsdp", [(1, 8, 1), (1, 8, 4), (2, 2, 1), (2, 4, 2), (4, 2, 8)]
+)
+def test_the_loss_curve_does_not_depend_on_the_topology(
+    processes, devices, fsdp, cache, tmp_path, tmp_path_factory
+):
+    changes = POOLED | {"train.steps": 50, "model.hidden": 64}
+    whole = tmp_path_factory.getbasetemp() / "topology"
+    if not whole.exists():  # once for all cases
+        train.train(settings_of(cache, changes), whole, silent)
+    words = train_words(tmp_path / "split", cache, changes | {"train.fsdp": fsdp})
+    with started(words, cache, processes, devices) as children:
+        results = ends(children)
+    assert [code for code, _, _ in results] == [0] * processes, results
+    out = results[0][1]
+    assert f"{processes * devices} cpu device(s)" in out
+    held = HELD.search(out)
+    assert (held is None) == (fsdp == 1)
+    if held:
+        assert float(held[2]) < 1.3 * float(held[1]) / fsdp
+    assert_same_curve(whole, tmp_path / "split")
 
 
 EVALUATE = """

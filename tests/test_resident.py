@@ -187,7 +187,7 @@ def test_resident_batch_does_not_depend_on_the_devices(configure, little):
     results = []
     for count in (1, 4):
         devices = mesh.make_mesh(count)
-        constants = jax.device_put(held, mesh.Shardings.of(devices).params)
+        constants = jax.device_put(held, mesh.Shardings.of(devices).copied)
         numbers = mesh.global_batch(devices, np.arange(8, dtype=np.int32))
         see = jax.jit(lambda h, k: jax.vmap(lambda one: resident.pair(config, h, 0, one))(k))
         results.append(jax.tree.map(np.asarray, see(constants, numbers)))
