@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqst import corpus, eq, mesh, observe, pairs, predictor, resident
+from eqst import corpus, eq, mesh, observe, pairs, predictor, processes, resident
 from eqst.config import Config
 
 # Numbers of the examples the feature normalisation is measured on, out of training's reach.
@@ -114,7 +114,7 @@ def measure_normalisation(config: Config, source: Source) -> predictor.Normalisa
         seen = see(next(stream), source.constants, number % lengths)
         # Gathered first, so that it is the same sum for any number of devices and processes.
         parts = (seen.input_BXM, seen.reference_BXM)
-        both = [mesh.on_host(part).astype(np.float64) for part in parts]
+        both = [processes.on_host(part).astype(np.float64) for part in parts]
         moments += [np.stack([x.mean(axes), np.square(x).mean(axes)]) for x in both]
     mean, square = np.mean(moments, axis=0)
     scale = np.sqrt(np.maximum(square - mean**2, 0.0)) + 1e-3

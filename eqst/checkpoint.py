@@ -45,7 +45,7 @@ from eqst.card import (
 )
 from eqst.config import Config, from_card
 from eqst.lock import LOCK_NAME, hold
-from eqst.mesh import gathered, together
+from eqst.processes import gathered, together
 from eqst.seal import (
     DAMAGED_NAME,
     SEAL_NAME,

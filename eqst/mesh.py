@@ -5,20 +5,15 @@ along the axis `fsdp` (one device wide, unless asked for) the large leaves of pa
 optimiser state are split as well, and gathered where a step needs them: our networks are a few MB
 and need none of it, larger ones may. The names of axes stand in this module and nowhere else.
 
-Several processes (one per host, as a rule) run the same program on their own devices: `join` makes
-them one, and from then on every function here is called by all of them, in the same order.
+Where there are several processes (`eqst.processes`), all of them call what is here, in one order.
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import math
-import os
-import sys
-import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,93 +32,6 @@ COPIED = PartitionSpec()
 
 # Smaller leaves (biases, norms) stay whole: to gather them costs more than they weigh.
 LEAST_SPLIT = 1024
-
-# JAX itself reads the first of these alone.
-ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Process 0 takes the others with it, so when it fails it gives them time to say why they do.
-LAST_WORDS_SECONDS = 2.0
-
-Result = TypeVar("Result")
-
-
-def join() -> None:
-    """Makes this process one of several, where the environment says so; call it before all else.
-
-    JAX_COORDINATOR_ADDRESS is host:port of process 0, JAX_NUM_PROCESSES how many there are and
-    JAX_PROCESS_ID which this is. Without any of them it does nothing. On a CPU the processes talk
-    by gloo, JAX's default. A process that dies takes the others with it: at once where they wait
-    for its numbers, after JAX's heartbeat (100 s) where they do not.
-
-    Raises:
-      ValueError: some of the three are set and not all, or they are no such numbers.
-    """
-    given = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
-    if not given:
-        return
-    absent = [name for name in ENVIRONMENT if name not in given]
-    if absent:
-        raise ValueError(
-            f"{', '.join(given)} is set and {', '.join(absent)} is not: set all or none"
-        )
-    address, *numbers = given.values()
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}: give host:port of process 0")
-    if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
-        raise ValueError(
-            f"JAX_PROCESS_ID is {numbers[1]!r} of JAX_NUM_PROCESSES {numbers[0]!r}: the processes "
-            "are numbered from 0"
-        )
-    jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
-
-
-def part() -> None:
-    """Lets this process end by itself, for one that has failed.
-
-    JAX would wait minutes for the others to end too, and then abort with a page of C++ frames.
-    """
-    if jax.distributed.is_initialized():
-        atexit.register(_end)
-
-
-def _end() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.environ["JAX_PROCESS_ID"] == "0":
-        time.sleep(LAST_WORDS_SECONDS)
-    os._exit(1)
-
-
-def together(act: Callable[[], Result], *kinds: type[Exception]) -> Result:
-    """`act()` on every process; where it fails on one it fails on all, and none is left waiting.
-
-    Args:
-      act: must not wait for other processes itself.
-      kinds: the errors that may come of one process alone; the first is raised on the others.
-    """
-    if jax.process_count() == 1:
-        return act()
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = act()
-    except kinds as error:
-        failure = error
-    failed = np.flatnonzero(gathered(int(failure is not None)))
-    if failure is not None:
-        raise failure
-    if len(failed):
-        raise kinds[0](f"process {failed[0]} of {jax.process_count()} failed and says why")
-    return result
-
-
-def gathered(number: int) -> np.ndarray:
-    """[processes] int32: every process's number, in their order."""
-    if jax.process_count() == 1:
-        return np.array([number], np.int32)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(np.int32(number)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +186,6 @@ def copied(mesh: Mesh, tree: Any) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
 
     return jax.tree.map(copy, tree)
-
-
-def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array that may be split over processes."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def flags(mesh: Mesh) -> tuple[jax.Array, jax.Array]:

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from eqst import card as cards
-from eqst import mesh
+from eqst import processes
 from eqst.card import CARD_NAME, FORMAT_VERSION, DamagedCard, digest, to_json, write_whole
 
 SEAL_NAME = "eqst.json"
@@ -119,7 +119,7 @@ def leaf_facts(leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, jax.Array):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else mesh.on_host(leaf)
+        leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else processes.on_host(leaf)
     return {"shape": shape, "dtype": dtype, "sha256": digest(np.asarray(leaf).tobytes())}
 
 

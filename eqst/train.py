@@ -36,6 +36,7 @@ from eqst import (
     objective,
     pairs,
     predictor,
+    processes,
 )
 from eqst.config import Config, ConfigError, as_dict, from_card, validate
 from eqst.record import Record, clock
@@ -181,7 +182,7 @@ class _Signals:
 
     def stop_early(self) -> None:
         """Between the stages of the start: leaves if any process was told to; nothing is new."""
-        if mesh.gathered(int(self.received is not None)).any():
+        if processes.gathered(int(self.received is not None)).any():
             raise Interrupted(f"{self.name()}: stopped before training; the same command goes on")
 
     def name(self) -> str:
@@ -216,7 +217,7 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
     if jax.process_index() > 0:
         say = _nothing
     plain = json.loads(json.dumps(as_dict(config)))  # as the card has it
-    if len(set(mesh.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
+    if len(set(processes.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
         raise ConfigError("the processes were started with different settings: give all the same")
     card = checkpoint.find_card(workdir)
     if card is not None:
@@ -260,7 +261,7 @@ def _run(
         if int(state.step) >= config.train.steps:
             say(f"finished: {workdir}")
             return state
-    recordings, choosing = mesh.together(
+    recordings, choosing = processes.together(
         lambda: tuple(corpus.open_corpus(config.data, split, say) for split in ("train", "valid")),
         ValueError,
         OSError,
@@ -428,7 +429,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """The command."""
-    mesh.join()
+    processes.join()
     try:
         config = validate(flags.FLAGS.config)
         train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
@@ -437,11 +438,10 @@ def main() -> None:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BaseException as error:
-        mesh.part()
+        processes.part()
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             raise OSError(
-                f"another process is gone ({str(error)[:120]}): start all of them again, "
-                "they go on from the last checkpoint"
+                f"another process is gone ({str(error)[:120]}): {processes.START_AGAIN}"
             ) from None
         raise
 
