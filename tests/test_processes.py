@@ -18,7 +18,18 @@ import numpy as np
 import pytest
 from test_train import CONFIGS, POOLED, TINY, losses, silent
 
-from eqst import batches, checkpoint, config, corpus, mesh, predictor, processes, recipes, train
+from eqst import (
+    batches,
+    checkpoint,
+    config,
+    corpus,
+    learner,
+    mesh,
+    predictor,
+    processes,
+    recipes,
+    train,
+)
 
 STEPS = 48
 CHANGES = {
@@ -249,7 +260,7 @@ def held_out_errors(made, devices: int) -> list[float]:
     for count in COUNTS:
         one = dataclasses.replace(made, train=dataclasses.replace(made.train, eval_pairs=count))
         valid = batches.valid_pairs(one, recordings, on)
-        error = jax.jit(train.held_out_error_db, static_argnums=0)(
+        error = jax.jit(learner.held_out_error_db, static_argnums=0)(
             one, params, normalisation, valid
         )
         found.append(float(error))
@@ -263,7 +274,7 @@ def test_the_validation_figure_is_exact_for_any_number_of_devices(cache):
     whole = batches.valid_pairs(made, recordings, mesh.make_mesh(1)).seen
     params = predictor.init(made, jax.random.key(3))
     normalisation = predictor.Normalisation(np.float32(-30.0), np.float32(20.0))
-    each_B = train._batch_terms(made, params, normalisation, whole, None).shape_db
+    each_B = learner.batch_terms(made, params, normalisation, whole, None).shape_db
     by_hand = [float(np.mean(each_B[:count])) for count in COUNTS]
     for devices in (1, 2, 4):
         np.testing.assert_allclose(held_out_errors(made, devices), by_hand, rtol=1e-6)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from eqst import batches, checkpoint, config, corpus, objective, pairs, train
+from eqst import batches, checkpoint, config, corpus, learner, objective, pairs, train
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -294,10 +294,10 @@ def test_a_wrong_setting_is_one_line(words, said, tmp_path):
 
 def test_a_parameter_that_is_not_finite_is_seen():
     tree = {"a": {"b": np.ones(3, np.float32)}, "c": np.zeros((2, 2), np.float32)}
-    assert bool(train.all_finite(tree))
+    assert bool(learner.all_finite(tree))
     for bad in (np.nan, np.inf):
         tree["c"][1, 0] = bad
-        assert not bool(train.all_finite(tree))
+        assert not bool(learner.all_finite(tree))
 
 
 def test_a_signal_between_the_stages_of_the_start_is_obeyed_there():
