@@ -142,6 +142,8 @@ class Train:
     # Start from the parameters of another workdir (its best checkpoint).
     init_from: str = ""
     tensorboard: bool = False
+    # So many of the first steps are traced, into WORKDIR/profile.
+    profile_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +237,7 @@ BOUNDS = {
     "train.eval_pairs": (1, 1_000_000),
     "train.checkpoint_every": (1, 2**31 - 1),
     "train.devices": (0, 1_000_000),
+    "train.profile_steps": (0, 1000),
     "train.fsdp": (1, 1_000_000),
     "evaluation.seconds": (0.5, 60.0),
     "evaluation.pairs": (4, 1_000_000),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from etils import epath
 
-from eqst.card import MAKE_ROOM, METRICS_NAME, read_metrics
+from eqst.card import MAKE_ROOM, METRICS_NAME, read_metrics, to_json, write_whole
 from eqst.config import ConfigError
 from eqst.files import write_text
+
+SUMMARY_NAME = "summary.json"
 
 
 class Record:
@@ -57,6 +61,11 @@ class Record:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Writes what the finished run took beside its record: summary.json."""
+        if self._writes:
+            write_whole(epath.Path(self._path).parent / SUMMARY_NAME, to_json(summary))
 
     def say(self, text: str) -> None:
         """Prints a line of progress."""

@@ -30,6 +30,7 @@ from eqst import (
     checkpoint,
     command,
     corpus,
+    cost,
     eq,
     mesh,
     objective,
@@ -52,7 +53,7 @@ EXIT_INTERRUPTED = 75
 # Settings that may differ between two runs on one workdir without changing a result.
 FREE_KEYS = (
     *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
-    "data.cache_dir",
+    *("train.profile_steps", "data.cache_dir"),
 )
 
 
@@ -226,15 +227,26 @@ def _run(
         (step, objective.Terms(*map(jnp.float32, terms))) for step, terms in unlogged
     ]
     flags, asked = mesh.flags(devices), np.asarray(False)
+    spent = cost.Spent(**saved.notes["spent"]) if "spent" in saved.notes else cost.Spent()
+    programs: dict[int, jax.stages.Compiled] = {}  # one for each segment length
+    profile = _Profile(workdir, config.train.profile_steps, say)
     waited, since, done_since = 0.0, time.monotonic(), 0
-    began, first_step = time.monotonic(), start_step
+    began, first_step, accounted = time.monotonic(), start_step, time.monotonic()
     for step in range(start_step, config.train.steps):
         before = time.monotonic()
         batch = next(stream)
-        waited += time.monotonic() - before
+        wait = time.monotonic() - before
+        waited += wait
         which = step % lengths
         asked_before, flag = asked, flags[signals.received is not None]
-        state, terms, asked = step_once(state, normalisation, batch, supply.constants, flag, which)
+        given = (state, normalisation, batch, supply.constants, flag)
+        if which not in programs:
+            compiling = time.monotonic()
+            programs[which] = step_once.lower(*given, which).compile()
+            step_cost = cost.of_step(programs[which])
+            say(cost.step_line(step_cost, time.monotonic() - compiling))
+        profile.before(step - start_step - lengths)
+        state, terms, asked = programs[which](*given)
         # The step before is read while this one runs.
         if pending:
             _check_finite(*pending[-1])
@@ -246,6 +258,15 @@ def _run(
             jax.block_until_ready(state)
             began, first_step = time.monotonic(), done
         last = done == config.train.steps
+        profile.after(done - start_step - lengths, state)
+        now = time.monotonic()
+        spent = cost.Spent(
+            spent.seconds + now - accounted,
+            spent.device_seconds + (now - accounted) * devices.size,
+            spent.waited + wait,
+            spent.steps + 1,
+        )
+        accounted = now
         if done % config.train.log_every == 0 or last:
             _check_finite(step, terms)
             means = jax.tree.map(
@@ -275,11 +296,34 @@ def _run(
             if not all_finite(state.params):
                 raise FloatingPointError(_diverged("a parameter is not finite", step))
             unlogged = [[step, [float(x) for x in terms]] for step, terms in pending]
-            saved.save(done, _saved_tree(state, normalisation), {"unlogged": unlogged})
+            notes = {"unlogged": unlogged, "spent": spent._asdict()}
+            saved.save(done, _saved_tree(state, normalisation), notes)
         if leaving and not last:
             raise Interrupted(f"{signals.name()}: saved at step {done}; the same command resumes")
+    facts = cost.summary(spent, step_cost, config.train.batch_size, list(devices.devices.flat))
+    record.close(facts)
+    say(cost.summary_line(facts))
     say(f"finished: {workdir}")
     return state
+
+
+class _Profile:
+    """A trace of some of the first steps, once compiled ones, for TensorBoard or XProf."""
+
+    def __init__(self, workdir: pathlib.Path, steps: int, say: Callable[[str], None]) -> None:
+        self._folder, self._steps, self._say = workdir / "profile", steps, say
+
+    def before(self, number: int) -> None:
+        """Before the step of this number, counted from the first without compilation."""
+        if self._steps and number == 0 and jax.process_index() == 0:
+            jax.profiler.start_trace(self._folder)
+
+    def after(self, count: int, state: State) -> None:
+        """After so many of them."""
+        if self._steps and count == self._steps and jax.process_index() == 0:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._say(f"profile of {count} steps: {self._folder} (tensorboard, or xprof)")
 
 
 def _nothing(_: str) -> None:

@@ -45,7 +45,7 @@ ORDER = (
         "resident",
         "predictor",
     ),
-    *("objective", "batches", "record", "learner", "train"),
+    *("objective", "batches", "record", "cost", "learner", "train"),
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
