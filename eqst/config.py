@@ -8,6 +8,7 @@ ever see. The defaults stand once, in the dataclasses below.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import types
@@ -185,6 +186,12 @@ CHOICES = {
 # Pooled features take a second window, this many times longer, for the lowest bands.
 POOLED_WINDOW_FACTOR = 4
 
+# Settings that may differ between two runs on one workdir without changing a result.
+FREE_KEYS = (
+    *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
+    *("train.profile_steps", "data.cache_dir"),
+)
+
 # Inclusive bounds of numbers (each element, for a tuple).
 BOUNDS = {
     "seed": (0, 2**31 - 1),
@@ -287,6 +294,19 @@ def validate(config: config_dict.ConfigDict) -> Config:
       ConfigError: in one line, the key, its value and what would be allowed.
     """
     return from_dict(config.to_dict())
+
+
+def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two configs, as 'key: old -> new'."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        path = f"{prefix}{key}"
+        a, b = old[key] if key in old else None, new[key] if key in new else None
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differing_keys(a, b, f"{path}.")
+        elif path not in FREE_KEYS and json.dumps(a) != json.dumps(b):
+            lines.append(f"{path}: {a} -> {b}")
+    return lines
 
 
 def _build(kind: type, values: Any, prefix: str, absent: list[str] | None) -> Any:

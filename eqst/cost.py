@@ -48,6 +48,15 @@ class Spent(NamedTuple):
     waited: float = 0.0
     steps: int = 0
 
+    def plus(self, seconds: float, devices: float, waited: float) -> Spent:
+        """After one more step; several members share the devices."""
+        return Spent(
+            self.seconds + seconds,
+            self.device_seconds + seconds * devices,
+            self.waited + waited,
+            self.steps + 1,
+        )
+
 
 def of_step(compiled: jax.stages.Compiled) -> StepCost:
     """What the compiler says of a step."""

@@ -1,9 +1,11 @@
-"""Devices and processes: one mesh with two axes, what is split over it, how host data get there.
+"""Devices and processes: one mesh with three axes, what is split over it, how host data get there.
 
-The examples of a batch are split over all devices. Along the axis `data` everything else is a copy;
-along the axis `fsdp` (one device wide, unless asked for) the large leaves of parameters and
-optimiser state are split as well, and gathered where a step needs them: our networks are a few MB
-and need none of it, larger ones may. The names of axes stand in this module and nowhere else.
+The examples of a batch are split over the axes `data` and `fsdp`. Along `data` everything else is a
+copy; along `fsdp` (one device wide, unless asked for) the large leaves of parameters and optimiser
+state are split as well, and gathered where a step needs them: our networks are a few MB and need
+none of it, larger ones may. Along `replica` lie members of a sweep that are trained as one program:
+they have a state each, and share the example numbers and the corpus. The names of axes stand in
+this module and nowhere else.
 
 Where there are several processes (`eqst.processes`), all of them call what is here, in one order.
 """
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS, FSDP_AXIS = "data", "fsdp"
+REPLICA_AXIS, DATA_AXIS, FSDP_AXIS = "replica", "data", "fsdp"
 
 # Auto lets the compiler place what lies between our inputs and outputs. Under Explicit a placement
 # is part of every array's type: the convolutions and `vmap` work (with the mesh set globally), but
@@ -36,37 +38,59 @@ LEAST_SPLIT = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where each part of training lives.
+    """Where each part of training lives, of one run or of several stacked along a first axis.
 
     Attributes:
       batch: of arrays of any rank whose first axis counts examples.
-      copied: of what is the same everywhere: metrics, the normalisation, a resident corpus.
+      copied: of what is the same everywhere: metrics, a resident corpus.
+      own: of what every member has of its own and devices of a member share: its normalisation.
+      own_batch: of examples that every member has of its own, [members, examples, ..] if stacked.
       state: from a tree of parameters or optimiser state (arrays, or their shapes) to its
         shardings, leaf by leaf.
+      one: the same for the state of a single member.
     """
 
     batch: NamedSharding
     copied: NamedSharding
+    own: NamedSharding
+    own_batch: NamedSharding
     state: Callable[[Any], Any]
+    one: Callable[[Any], Any]
 
     @classmethod
-    def of(cls, mesh: Mesh) -> Shardings:
+    def of(cls, mesh: Mesh, *, stacked: bool = False) -> Shardings:
         """The rules on one mesh."""
+        first = (REPLICA_AXIS,) if stacked else ()
+
+        def place(*axes: Any) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*axes))
+
+        def one(tree: Any) -> Any:
+            return jax.tree.map(lambda x: place(*_split_axes(x.shape, mesh)), tree)
 
         def state(tree: Any) -> Any:
-            return jax.tree.map(lambda x: NamedSharding(mesh, _state_spec(x.shape, mesh)), tree)
+            return jax.tree.map(
+                lambda x: place(*first, *_split_axes(x.shape[len(first) :], mesh)), tree
+            )
 
-        return cls(NamedSharding(mesh, SPLIT), NamedSharding(mesh, COPIED), state)
+        return cls(
+            batch=NamedSharding(mesh, SPLIT),
+            copied=NamedSharding(mesh, COPIED),
+            own=place(*first),
+            own_batch=place(*first, *SPLIT),
+            state=state,
+            one=one,
+        )
 
 
-def _state_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _split_axes(shape: tuple[int, ...], mesh: Mesh) -> tuple[str | None, ...]:
     """How a leaf of the state is split: its longest axis that divides, over the axis `fsdp`."""
     ways = mesh.shape[FSDP_AXIS]
     fitting = [axis for axis, size in enumerate(shape) if size % ways == 0]
     if ways == 1 or math.prod(shape) < LEAST_SPLIT or not fitting:
-        return COPIED
+        return ()
     longest = max(fitting, key=lambda axis: shape[axis])
-    return PartitionSpec(*(FSDP_AXIS if axis == longest else None for axis in range(len(shape))))
+    return tuple(FSDP_AXIS if axis == longest else None for axis in range(len(shape)))
 
 
 def share_line(tree: Any) -> str:
@@ -79,16 +103,18 @@ def share_line(tree: Any) -> str:
     return f"; of {whole / 1e6:.1f} MB of state a device holds {held / 1e6:.1f} MB"
 
 
-def make_mesh(num_devices: int | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh [data, fsdp] over the first `num_devices` devices of all processes.
+def make_mesh(num_devices: int | None = None, fsdp: int = 1, members: int = 1) -> Mesh:
+    """A mesh [replica, data, fsdp] over the first `num_devices` devices of all processes.
 
     Devices are in the order of their processes, so each process owns one contiguous run of a batch
     and example k of the global batch is the same for any number of hosts and any `fsdp`. The axis
-    `fsdp` is the inner one: its devices are neighbours, on one host where they fit.
+    `fsdp` is the innermost: its devices are neighbours, on one host where they fit. Members lie
+    apart as far as they can: the fewer devices share one, the less they have to say to each other.
 
     Args:
       num_devices: how many devices to use; None takes all.
       fsdp: over how many of them large leaves of the state are split.
+      members: how many runs are trained as one program.
 
     Raises:
       ValueError: more devices asked for than there are, fewer than 1, or (with several processes)
@@ -113,8 +139,21 @@ def make_mesh(num_devices: int | None = None, fsdp: int = 1) -> Mesh:
         raise ValueError(
             f"fsdp={fsdp} does not divide {count} devices: use 1 (nothing is split), or a divisor"
         )
-    grid = np.asarray(devices[:count]).reshape(-1, fsdp)
-    return Mesh(grid, (DATA_AXIS, FSDP_AXIS), axis_types=(AXIS_TYPE, AXIS_TYPE))
+    replicas = math.gcd(count // fsdp, members)
+    grid = np.asarray(devices[:count]).reshape(replicas, -1, fsdp)
+    return Mesh(grid, (REPLICA_AXIS, DATA_AXIS, FSDP_AXIS), axis_types=(AXIS_TYPE,) * 3)
+
+
+def ways(mesh: Mesh) -> int:
+    """Over how many devices a batch is split."""
+    return mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
+
+
+def _own_parts(mesh: Mesh) -> range:
+    """Which of the `ways` parts of a batch this process's devices need, whatever their member."""
+    owners = [device.process_index for device in mesh.devices.flat]
+    parts = {i % ways(mesh) for i, owner in enumerate(owners) if owner == jax.process_index()}
+    return range(min(parts), max(parts) + 1)
 
 
 def process_slice(mesh: Mesh, global_batch_size: int) -> slice:
@@ -125,16 +164,20 @@ def process_slice(mesh: Mesh, global_batch_size: int) -> slice:
       global_batch_size: examples in a batch, over all processes.
 
     Returns:
-      A slice of range(global_batch_size): contiguous, and the processes' slices tile the range.
+      A slice of range(global_batch_size). Processes that train one member tile the range; those
+      that train different members have the same examples.
 
     Raises:
-      ValueError: the batch does not divide by the devices of the mesh.
+      ValueError: the batch does not divide by the devices it is split over.
     """
-    _check_divides(global_batch_size, mesh)
-    owners = [device.process_index for device in mesh.devices.flat]
-    per_device = global_batch_size // len(owners)
-    first = owners.index(jax.process_index())
-    return slice(first * per_device, (first + owners.count(jax.process_index())) * per_device)
+    if global_batch_size < 1 or global_batch_size % ways(mesh):
+        below = global_batch_size // ways(mesh) * ways(mesh)
+        choices = " or ".join(str(n) for n in (below, below + ways(mesh)) if n > 0)
+        raise ValueError(
+            f"a batch of {global_batch_size} does not divide by {ways(mesh)} devices: use {choices}"
+        )
+    rows, parts = global_batch_size // ways(mesh), _own_parts(mesh)
+    return slice(parts.start * rows, parts.stop * rows)
 
 
 def global_batch(mesh: Mesh, batch_tree: Any) -> Any:
@@ -157,15 +200,14 @@ def global_batch(mesh: Mesh, batch_tree: Any) -> Any:
     if len(counts) != 1 or 0 in counts:
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(f"a batch needs the same rows (1 or more) in every array, got {shapes}")
-    owners = [device.process_index for device in mesh.devices.flat]
-    mine = owners.count(jax.process_index())
+    parts = _own_parts(mesh)
     (rows,) = counts
-    if rows % mine:
+    if rows % len(parts):
         raise ValueError(
-            f"{rows} examples of this process do not divide by its {mine} devices: make the batch "
-            f"a multiple of the {len(owners)} devices of the mesh, or use fewer devices"
+            f"{rows} examples of this process do not divide by its {len(parts)} devices: make the "
+            f"batch a multiple of the {ways(mesh)} devices it is split over, or use fewer devices"
         )
-    total = rows // mine * len(owners)
+    total = rows // len(parts) * ways(mesh)
     sharding = NamedSharding(mesh, SPLIT)
 
     def join(leaf: Any) -> jax.Array:
@@ -175,30 +217,33 @@ def global_batch(mesh: Mesh, batch_tree: Any) -> Any:
     return jax.tree.map(join, batch_tree)
 
 
+def placed(sharding: NamedSharding, tree: Any) -> Any:
+    """A tree of numpy arrays, whole and the same on every process, where a sharding puts it."""
+
+    def place(leaf: Any) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    # Within one process device_put is quicker; over several it would send everything round.
+    return (
+        jax.device_put(tree, sharding)
+        if sharding.is_fully_addressable
+        else jax.tree.map(place, tree)
+    )
+
+
 def copied(mesh: Mesh, tree: Any) -> Any:
     """A tree of numpy arrays, the same on every process, as a copy on every device."""
-    sharding = NamedSharding(mesh, COPIED)
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-
-    # device_put would send everything round to see that it is the same.
-    def copy(leaf: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
-
-    return jax.tree.map(copy, tree)
+    return placed(NamedSharding(mesh, COPIED), tree)
 
 
 def flags(mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """What a process hands to a jitted step to say False or True; `jnp.any` of it is for all."""
+    every = NamedSharding(mesh, PartitionSpec((REPLICA_AXIS, DATA_AXIS, FSDP_AXIS)))
     mine = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-    no, yes = (global_batch(mesh, np.full(mine, value)) for value in (False, True))
-    return no, yes
 
+    def flag(value: bool) -> jax.Array:
+        given = np.full(mine, value)
+        return jax.make_array_from_process_local_data(every, given, (mesh.size,))
 
-def _check_divides(global_batch_size: int, mesh: Mesh) -> None:
-    if global_batch_size < 1 or global_batch_size % mesh.size:
-        below = global_batch_size // mesh.size * mesh.size
-        choices = " or ".join(str(n) for n in (below, below + mesh.size) if n > 0)
-        raise ValueError(
-            f"a batch of {global_batch_size} does not divide by {mesh.size} devices: use {choices}"
-        )
+    return flag(False), flag(True)

@@ -45,7 +45,7 @@ ORDER = (
         "resident",
         "predictor",
     ),
-    *("objective", "batches", "record", "cost", "learner", "train"),
+    *("objective", "batches", "record", "cost", "learner", "loop", "train"),
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
