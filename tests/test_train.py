@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from eqst import batches, checkpoint, config, corpus, learner, objective, pairs, train
+from eqst import (
+    batches,
+    checkpoint,
+    config,
+    corpus,
+    learner,
+    objective,
+    pairs,
+    record,
+    stopping,
+    train,
+)
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -113,19 +124,17 @@ def test_stopping_between_checkpoints_resumes_bitwise(configure, cache, tmp_path
     changes = {"data.cache_dir": str(cache), "model.dropout": 0.2, "train.log_every": 3}
     made = configure(TINY | POOLED | changes)
     train.train(made, tmp_path / "whole", silent)
-    real_check = train._check_finite
-    calls = []
+    real_add = record.Log.add
 
-    def stop_at_third(step, terms):
-        calls.append(step)
+    def stop_at_third(log, step, terms, waited):
         if step == 2:
             raise RuntimeError("the machine went away")
-        real_check(step, terms)
+        real_add(log, step, terms, waited)
 
-    monkeypatch.setattr(train, "_check_finite", stop_at_third)
+    monkeypatch.setattr(record.Log, "add", stop_at_third)
     with pytest.raises(RuntimeError, match="went away"):
         train.train(made, tmp_path / "cut", silent)
-    monkeypatch.setattr(train, "_check_finite", real_check)
+    monkeypatch.setattr(record.Log, "add", real_add)
     lines = []
     train.train(made, tmp_path / "cut", lines.append)
     assert any("resumed at step 2" in line for line in lines)
@@ -301,7 +310,7 @@ def test_a_parameter_that_is_not_finite_is_seen():
 
 
 def test_a_signal_between_the_stages_of_the_start_is_obeyed_there():
-    with train._Signals() as signals:
+    with stopping.Signals() as signals:
         signals.stop_early()  # nothing has come
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(train.Interrupted, match="SIGTERM"):
