@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,24 +26,39 @@ def write_tree(folder: epath.Path, tree: Any) -> None:
         orbax().save(folder, tree, checkpointable_name="state")
 
 
-def read_tree(
-    folder: epath.Path, targets: Any, leaves: Mapping[str, Any], *, partial: bool = False
-) -> Any:
-    """Reads `targets` and verifies `leaves`; `partial`: the saved dict may have other keys."""
+def read_tree(folder: epath.Path, targets: Any, *, partial: bool = False) -> Any:
+    """Reads `targets`, to be compared with `verify`; `partial`: the saved dict may have other keys.
+
+    Raises:
+      Damaged: Orbax cannot read them.
+    """
     ocp = orbax()
     try:
         with _quiet_orbax():
             if partial:
                 saved = ocp.metadata(folder, checkpointable_name="state").metadata
                 targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
-            tree = ocp.load(folder, targets, checkpointable_name="state")
+            return ocp.load(folder, targets, checkpointable_name="state")
     except Exception as error:
         raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
-    found = named_leaves(tree)
-    for name, facts in leaves.items():
-        if leaf_facts(found[name]) != facts:
+
+
+def facts_of(tree: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """`leaf_facts` by name, of all leaves or some; where they are split over processes, all call it
+    with the same names."""
+    leaves = named_leaves(tree)
+    return {name: leaf_facts(leaves[name]) for name in (leaves if names is None else names)}
+
+
+def compare(found: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compares what was read with what was saved.
+
+    Raises:
+      Damaged: a leaf is not what its seal says.
+    """
+    for name, facts in saved.items():
+        if found[name] != facts:
             raise Damaged(f"{name} does not match its checksum")
-    return tree
 
 
 def check_same_tree(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqst import corpus, eq, mesh, observe, pairs, predictor, resident
+from eqst import corpus, eq, mesh, observe, pairs, predictor, processes, resident
 from eqst.config import Config
 
 # Numbers of the examples the feature normalisation is measured on, out of training's reach.
@@ -94,6 +94,23 @@ def make_source(
     return Source(batches, see_batch, ())
 
 
+def of_member(source: Source, seed: int) -> Source:
+    """A resident source with another seed."""
+    return source._replace(constants=source.constants._replace(seed=np.int32(seed)))
+
+
+def of_members(source: Source, seeds: np.ndarray) -> Source:
+    """A resident source for several seeds at once: what is seen has a first axis [members]."""
+    fields: dict[str, Any] = dict.fromkeys(resident.Resident._fields)
+    fields["seed"] = 0
+    axes = resident.Resident(**fields)
+
+    def see(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
+        return jax.vmap(lambda own: source.see(k_B, own, which), in_axes=(axes,))(held)
+
+    return source._replace(see=see, constants=source.constants._replace(seed=seeds))
+
+
 def measure_normalisation(config: Config, source: Source) -> predictor.Normalisation:
     """Mean and deviation of the features over fixed training pairs, per band (and statistic).
 
@@ -114,7 +131,7 @@ def measure_normalisation(config: Config, source: Source) -> predictor.Normalisa
         seen = see(next(stream), source.constants, number % lengths)
         # Gathered first, so that it is the same sum for any number of devices and processes.
         parts = (seen.input_BXM, seen.reference_BXM)
-        both = [mesh.on_host(part).astype(np.float64) for part in parts]
+        both = [processes.on_host(part).astype(np.float64) for part in parts]
         moments += [np.stack([x.mean(axes), np.square(x).mean(axes)]) for x in both]
     mean, square = np.mean(moments, axis=0)
     scale = np.sqrt(np.maximum(square - mean**2, 0.0)) + 1e-3
@@ -189,7 +206,7 @@ def valid_pairs(config: Config, recordings: corpus.Corpus, devices: jax.sharding
     """
     hear = jax.jit(jax.vmap(functools.partial(observe.heard, config)))
     count = config.train.eval_pairs
-    padded = -(-count // devices.size) * devices.size
+    padded = -(-count // mesh.ways(devices)) * mesh.ways(devices)
     mine = mesh.process_slice(devices, padded)
     parts = [
         (*(np.asarray(hear(sound_BT)) for sound_BT in sounds), plan.label_KP)

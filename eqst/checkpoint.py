@@ -45,14 +45,13 @@ from eqst.card import (
 )
 from eqst.config import Config, from_card
 from eqst.lock import LOCK_NAME, hold
-from eqst.mesh import gathered, together
+from eqst.processes import gathered, together
 from eqst.seal import (
     DAMAGED_NAME,
     SEAL_NAME,
     Damaged,
     complete_steps,
     find_card,
-    leaf_facts,
     mend_card,
     read_card,
     read_seal,
@@ -189,7 +188,7 @@ class Checkpoints:
         _prune(self._best, keep=[step])
         return True
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+    def restore(self, abstract_state: Any, *, at_most: int | None = None) -> tuple[int, Any] | None:
         """Restores the newest checkpoint whose content is what was saved.
 
         A damaged one is passed over, says so in one line, and is not offered again.
@@ -197,9 +196,10 @@ class Checkpoints:
         Args:
           abstract_state: the tree that was saved, with jax.ShapeDtypeStruct leaves that carry a
             sharding, or real arrays in their places; numpy leaves come back as numpy.
+          at_most: the newest step that will do; None takes any.
 
         Returns:
-          (step, state), or None where nothing has been saved.
+          (step, state), or None where nothing has been saved (up to `at_most`).
 
         Raises:
           CheckpointError: the tree is another one than was saved, or every checkpoint is damaged.
@@ -211,7 +211,8 @@ class Checkpoints:
                 f"the processes see different checkpoints in {self._last}: "
                 "give a --workdir on storage that all of them share"
             )
-        if newest is None:
+        steps = complete_steps(self._last)
+        if newest is None or (at_most is not None and steps[0] > at_most):
             return None
         targets = {
             name: arrays.target(name, leaf) for name, leaf in named_leaves(abstract_state).items()
@@ -222,10 +223,12 @@ class Checkpoints:
             seal = together(lambda: read_seal(self._last / str(step)), Damaged)
             arrays.check_same_tree(seal["leaves"], targets, self._last / str(step))
             folder = self._last / str(step)
-            tree = together(lambda: arrays.read_tree(folder, target_tree, seal["leaves"]), Damaged)
+            tree = together(lambda: arrays.read_tree(folder, target_tree), Damaged)
+            found = arrays.facts_of(tree)
+            together(lambda: arrays.compare(found, seal["leaves"]), Damaged)
             return tree, seal["notes"] if "notes" in seal else {}  # older ones have none
 
-        step, (state, self.notes), damaged = _newest_readable(self._last, read)
+        step, (state, self.notes), damaged = _newest_readable(self._last, read, at_most)
         if jax.process_index() == 0:
             mend_card(self._workdir)
             for bad in damaged:
@@ -344,7 +347,9 @@ def _load_params(root: epath.Path) -> tuple[int, Any]:
             name: np.empty(facts["shape"], np.dtype(facts["dtype"]))
             for name, facts in wanted.items()
         }
-        return arrays.read_tree(root / str(step), nested(targets), wanted, partial=True)
+        tree = arrays.read_tree(root / str(step), nested(targets), partial=True)
+        arrays.compare(arrays.facts_of(tree, wanted), wanted)
+        return tree
 
     step, tree, _ = _newest_readable(root, read)
     return step, tree["params"]
@@ -374,7 +379,7 @@ def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
     tree = jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree
     )
-    leaves = {name: leaf_facts(leaf) for name, leaf in named_leaves(tree).items()}
+    leaves = arrays.facts_of(tree)
     folder = root / str(step)
     # Without a seal this is what an interrupted save or a damaged checkpoint left.
     if jax.process_index() == 0 and folder.exists():
@@ -412,10 +417,11 @@ def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
 
 
 def _newest_readable(
-    root: epath.Path, read: Callable[[int], Any]
+    root: epath.Path, read: Callable[[int], Any], at_most: int | None = None
 ) -> tuple[int, Any, dict[int, str]]:
     """(step, tree, damaged) of the newest step that `read` does not find damaged."""
-    steps = complete_steps(root)
+    every = complete_steps(root)
+    steps = [step for step in every if at_most is None or step <= at_most]
     damaged: dict[int, str] = {}
     for step in reversed(steps):
         try:
@@ -427,8 +433,8 @@ def _newest_readable(
             found = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
             _log.warning("damaged in %s: step %s; going on from step %d", root, found, step)
         return step, tree, damaged
-    if complete_steps(root) != steps:  # a training that is running has moved on meanwhile
-        return _newest_readable(root, read)
+    if complete_steps(root) != every:  # a training that is running has moved on meanwhile
+        return _newest_readable(root, read, at_most)
     found = ", ".join(f"step {bad}: {why}" for bad, why in damaged.items())
     raise CheckpointError(
         f"no checkpoint in {root} can be read ({found}): restore it from a copy, "

@@ -8,6 +8,7 @@ ever see. The defaults stand once, in the dataclasses below.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import types
@@ -137,9 +138,13 @@ class Train:
     eval_pairs: int = 256
     checkpoint_every: int = 500
     devices: int = 0  # 0: all there are
+    # Over how many devices the large leaves of parameters and optimiser state are split.
+    fsdp: int = 1
     # Start from the parameters of another workdir (its best checkpoint).
     init_from: str = ""
     tensorboard: bool = False
+    # So many of the first steps are traced, into WORKDIR/profile.
+    profile_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +185,12 @@ CHOICES = {
 
 # Pooled features take a second window, this many times longer, for the lowest bands.
 POOLED_WINDOW_FACTOR = 4
+
+# Settings that may differ between two runs on one workdir without changing a result.
+FREE_KEYS = (
+    *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
+    *("train.profile_steps", "data.cache_dir"),
+)
 
 # Inclusive bounds of numbers (each element, for a tuple).
 BOUNDS = {
@@ -233,6 +244,8 @@ BOUNDS = {
     "train.eval_pairs": (1, 1_000_000),
     "train.checkpoint_every": (1, 2**31 - 1),
     "train.devices": (0, 1_000_000),
+    "train.profile_steps": (0, 1000),
+    "train.fsdp": (1, 1_000_000),
     "evaluation.seconds": (0.5, 60.0),
     "evaluation.pairs": (4, 1_000_000),
     "evaluation.tune_pairs": (16, 1_000_000),
@@ -281,6 +294,19 @@ def validate(config: config_dict.ConfigDict) -> Config:
       ConfigError: in one line, the key, its value and what would be allowed.
     """
     return from_dict(config.to_dict())
+
+
+def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two configs, as 'key: old -> new'."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        path = f"{prefix}{key}"
+        a, b = old[key] if key in old else None, new[key] if key in new else None
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differing_keys(a, b, f"{path}.")
+        elif path not in FREE_KEYS and json.dumps(a) != json.dumps(b):
+            lines.append(f"{path}: {a} -> {b}")
+    return lines
 
 
 def _build(kind: type, values: Any, prefix: str, absent: list[str] | None) -> Any:

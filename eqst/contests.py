@@ -29,6 +29,7 @@ from eqst import (
     corpus,
     data,
     eq,
+    learner,
     match,
     mesh,
     pairs,
@@ -240,8 +241,8 @@ def training_step(size: Size, say: Say) -> Section:
     seen = batches.Seen(*(jnp.asarray(x) for x in (*sounds, label_BKP)))
     normalisation = predictor.Normalisation(jnp.zeros(bands), jnp.ones(bands))
     params = predictor.init(chosen, jax.random.key(chosen.seed))
-    state = train.init_state(chosen, jax.tree.map(jnp.copy, params))
-    step = jax.jit(functools.partial(train.train_step, chosen), donate_argnums=0)
+    state = learner.init_state(chosen, jax.tree.map(jnp.copy, params))
+    step = jax.jit(functools.partial(learner.train_step, chosen), donate_argnums=0)
 
     def ours() -> None:
         nonlocal state

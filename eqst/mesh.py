@@ -1,28 +1,27 @@
-"""Devices and processes: one mesh with one axis, what is split over it, how host data get there.
+"""Devices and processes: one mesh with three axes, what is split over it, how host data get there.
 
-Training is data-parallel: the examples of a batch are split over the axis `data`, everything else
-(a few MB of parameters, optimiser state, metrics) is a copy on every device. The names of axes
-stand in this module and nowhere else.
+The examples of a batch are split over the axes `data` and `fsdp`. Along `data` everything else is a
+copy; along `fsdp` (one device wide, unless asked for) the large leaves of parameters and optimiser
+state are split as well, and gathered where a step needs them: our networks are a few MB and need
+none of it, larger ones may. Along `replica` lie members of a sweep that are trained as one program:
+they have a state each, and share the example numbers and the corpus. The names of axes stand in
+this module and nowhere else.
 
-Several processes (one per host, as a rule) run the same program on their own devices: `join` makes
-them one, and from then on every function here is called by all of them, in the same order.
+Where there are several processes (`eqst.processes`), all of them call what is here, in one order.
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import os
-import sys
-import time
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
+REPLICA_AXIS, DATA_AXIS, FSDP_AXIS = "replica", "data", "fsdp"
 
 # Auto lets the compiler place what lies between our inputs and outputs. Under Explicit a placement
 # is part of every array's type: the convolutions and `vmap` work (with the mesh set globally), but
@@ -30,132 +29,96 @@ DATA_AXIS = "data"
 # refused until each line names an out_sharding: placement in modules that should not know of it.
 AXIS_TYPE = AxisType.Auto
 
-SPLIT = PartitionSpec(DATA_AXIS)
+SPLIT = PartitionSpec((DATA_AXIS, FSDP_AXIS))
 COPIED = PartitionSpec()
 
-# JAX itself reads the first of these alone.
-ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Process 0 takes the others with it, so when it fails it gives them time to say why they do.
-LAST_WORDS_SECONDS = 2.0
-
-Result = TypeVar("Result")
-
-
-def join() -> None:
-    """Makes this process one of several, where the environment says so; call it before all else.
-
-    JAX_COORDINATOR_ADDRESS is host:port of process 0, JAX_NUM_PROCESSES how many there are and
-    JAX_PROCESS_ID which this is. Without any of them it does nothing. On a CPU the processes talk
-    by gloo, JAX's default. A process that dies takes the others with it: at once where they wait
-    for its numbers, after JAX's heartbeat (100 s) where they do not.
-
-    Raises:
-      ValueError: some of the three are set and not all, or they are no such numbers.
-    """
-    given = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
-    if not given:
-        return
-    absent = [name for name in ENVIRONMENT if name not in given]
-    if absent:
-        raise ValueError(
-            f"{', '.join(given)} is set and {', '.join(absent)} is not: set all or none"
-        )
-    address, *numbers = given.values()
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}: give host:port of process 0")
-    if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
-        raise ValueError(
-            f"JAX_PROCESS_ID is {numbers[1]!r} of JAX_NUM_PROCESSES {numbers[0]!r}: the processes "
-            "are numbered from 0"
-        )
-    jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
-
-
-def part() -> None:
-    """Lets this process end by itself, for one that has failed.
-
-    JAX would wait minutes for the others to end too, and then abort with a page of C++ frames.
-    """
-    if jax.distributed.is_initialized():
-        atexit.register(_end)
-
-
-def _end() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.environ["JAX_PROCESS_ID"] == "0":
-        time.sleep(LAST_WORDS_SECONDS)
-    os._exit(1)
-
-
-def together(act: Callable[[], Result], *kinds: type[Exception]) -> Result:
-    """`act()` on every process; where it fails on one it fails on all, and none is left waiting.
-
-    Args:
-      act: must not wait for other processes itself.
-      kinds: the errors that may come of one process alone; the first is raised on the others.
-    """
-    if jax.process_count() == 1:
-        return act()
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = act()
-    except kinds as error:
-        failure = error
-    failed = np.flatnonzero(gathered(int(failure is not None)))
-    if failure is not None:
-        raise failure
-    if len(failed):
-        raise kinds[0](f"process {failed[0]} of {jax.process_count()} failed and says why")
-    return result
-
-
-def gathered(number: int) -> np.ndarray:
-    """[processes] int32: every process's number, in their order."""
-    if jax.process_count() == 1:
-        return np.array([number], np.int32)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(np.int32(number)))
+# Smaller leaves (biases, norms) stay whole: to gather them costs more than they weigh.
+LEAST_SPLIT = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where each part of training lives; each is a NamedSharding, good for a whole subtree.
+    """Where each part of training lives, of one run or of several stacked along a first axis.
 
-    `batch` fits arrays of any rank whose first axis counts examples.
+    Attributes:
+      batch: of arrays of any rank whose first axis counts examples.
+      copied: of what is the same everywhere: metrics, a resident corpus.
+      own: of what every member has of its own and devices of a member share: its normalisation.
+      own_batch: of examples that every member has of its own, [members, examples, ..] if stacked.
+      state: from a tree of parameters or optimiser state (arrays, or their shapes) to its
+        shardings, leaf by leaf.
+      one: the same for the state of a single member.
     """
 
     batch: NamedSharding
-    params: NamedSharding
-    opt_state: NamedSharding
-    metrics: NamedSharding
+    copied: NamedSharding
+    own: NamedSharding
+    own_batch: NamedSharding
+    state: Callable[[Any], Any]
+    one: Callable[[Any], Any]
 
     @classmethod
-    def of(cls, mesh: Mesh) -> Shardings:
+    def of(cls, mesh: Mesh, *, stacked: bool = False) -> Shardings:
         """The rules on one mesh."""
+        first = (REPLICA_AXIS,) if stacked else ()
+
+        def place(*axes: Any) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*axes))
+
+        def one(tree: Any) -> Any:
+            return jax.tree.map(lambda x: place(*_split_axes(x.shape, mesh)), tree)
+
+        def state(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda x: place(*first, *_split_axes(x.shape[len(first) :], mesh)), tree
+            )
+
         return cls(
             batch=NamedSharding(mesh, SPLIT),
-            params=NamedSharding(mesh, COPIED),
-            opt_state=NamedSharding(mesh, COPIED),
-            metrics=NamedSharding(mesh, COPIED),
+            copied=NamedSharding(mesh, COPIED),
+            own=place(*first),
+            own_batch=place(*first, *SPLIT),
+            state=state,
+            one=one,
         )
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A one-dimensional mesh over the first `num_devices` devices of all processes.
+def _split_axes(shape: tuple[int, ...], mesh: Mesh) -> tuple[str | None, ...]:
+    """How a leaf of the state is split: its longest axis that divides, over the axis `fsdp`."""
+    ways = mesh.shape[FSDP_AXIS]
+    fitting = [axis for axis, size in enumerate(shape) if size % ways == 0]
+    if ways == 1 or math.prod(shape) < LEAST_SPLIT or not fitting:
+        return ()
+    longest = max(fitting, key=lambda axis: shape[axis])
+    return tuple(FSDP_AXIS if axis == longest else None for axis in range(len(shape)))
+
+
+def share_line(tree: Any) -> str:
+    """How much of a state a device holds, where it is split; nothing where all of it is a copy."""
+    leaves = jax.tree.leaves(tree)
+    whole = sum(leaf.nbytes for leaf in leaves)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    if held == whole:
+        return ""
+    return f"; of {whole / 1e6:.1f} MB of state a device holds {held / 1e6:.1f} MB"
+
+
+def make_mesh(num_devices: int | None = None, fsdp: int = 1, members: int = 1) -> Mesh:
+    """A mesh [replica, data, fsdp] over the first `num_devices` devices of all processes.
 
     Devices are in the order of their processes, so each process owns one contiguous run of a batch
-    and example k of the global batch is the same for any number of hosts.
+    and example k of the global batch is the same for any number of hosts and any `fsdp`. The axis
+    `fsdp` is the innermost: its devices are neighbours, on one host where they fit. Members lie
+    apart as far as they can: the fewer devices share one, the less they have to say to each other.
 
     Args:
       num_devices: how many devices to use; None takes all.
+      fsdp: over how many of them large leaves of the state are split.
+      members: how many runs are trained as one program.
 
     Raises:
       ValueError: more devices asked for than there are, fewer than 1, or (with several processes)
-        a number that leaves a process without a device.
+        a number that leaves a process without a device; `fsdp` does not divide them.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count = len(devices) if num_devices is None else num_devices
@@ -172,7 +135,25 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
             f"{count} of {len(devices)} devices leave {len(idle)} of {jax.process_count()} "
             "processes without one: use all devices, or start fewer processes"
         )
-    return Mesh(np.asarray(devices[:count]), (DATA_AXIS,), axis_types=(AXIS_TYPE,))
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} does not divide {count} devices: use 1 (nothing is split), or a divisor"
+        )
+    replicas = math.gcd(count // fsdp, members)
+    grid = np.asarray(devices[:count]).reshape(replicas, -1, fsdp)
+    return Mesh(grid, (REPLICA_AXIS, DATA_AXIS, FSDP_AXIS), axis_types=(AXIS_TYPE,) * 3)
+
+
+def ways(mesh: Mesh) -> int:
+    """Over how many devices a batch is split."""
+    return mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
+
+
+def _own_parts(mesh: Mesh) -> range:
+    """Which of the `ways` parts of a batch this process's devices need, whatever their member."""
+    owners = [device.process_index for device in mesh.devices.flat]
+    parts = {i % ways(mesh) for i, owner in enumerate(owners) if owner == jax.process_index()}
+    return range(min(parts), max(parts) + 1)
 
 
 def process_slice(mesh: Mesh, global_batch_size: int) -> slice:
@@ -183,16 +164,20 @@ def process_slice(mesh: Mesh, global_batch_size: int) -> slice:
       global_batch_size: examples in a batch, over all processes.
 
     Returns:
-      A slice of range(global_batch_size): contiguous, and the processes' slices tile the range.
+      A slice of range(global_batch_size). Processes that train one member tile the range; those
+      that train different members have the same examples.
 
     Raises:
-      ValueError: the batch does not divide by the devices of the mesh.
+      ValueError: the batch does not divide by the devices it is split over.
     """
-    _check_divides(global_batch_size, mesh)
-    owners = [device.process_index for device in mesh.devices.flat]
-    per_device = global_batch_size // len(owners)
-    first = owners.index(jax.process_index())
-    return slice(first * per_device, (first + owners.count(jax.process_index())) * per_device)
+    if global_batch_size < 1 or global_batch_size % ways(mesh):
+        below = global_batch_size // ways(mesh) * ways(mesh)
+        choices = " or ".join(str(n) for n in (below, below + ways(mesh)) if n > 0)
+        raise ValueError(
+            f"a batch of {global_batch_size} does not divide by {ways(mesh)} devices: use {choices}"
+        )
+    rows, parts = global_batch_size // ways(mesh), _own_parts(mesh)
+    return slice(parts.start * rows, parts.stop * rows)
 
 
 def global_batch(mesh: Mesh, batch_tree: Any) -> Any:
@@ -215,15 +200,14 @@ def global_batch(mesh: Mesh, batch_tree: Any) -> Any:
     if len(counts) != 1 or 0 in counts:
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(f"a batch needs the same rows (1 or more) in every array, got {shapes}")
-    owners = [device.process_index for device in mesh.devices.flat]
-    mine = owners.count(jax.process_index())
+    parts = _own_parts(mesh)
     (rows,) = counts
-    if rows % mine:
+    if rows % len(parts):
         raise ValueError(
-            f"{rows} examples of this process do not divide by its {mine} devices: make the batch "
-            f"a multiple of the {len(owners)} devices of the mesh, or use fewer devices"
+            f"{rows} examples of this process do not divide by its {len(parts)} devices: make the "
+            f"batch a multiple of the {ways(mesh)} devices it is split over, or use fewer devices"
         )
-    total = rows // mine * len(owners)
+    total = rows // len(parts) * ways(mesh)
     sharding = NamedSharding(mesh, SPLIT)
 
     def join(leaf: Any) -> jax.Array:
@@ -233,39 +217,33 @@ def global_batch(mesh: Mesh, batch_tree: Any) -> Any:
     return jax.tree.map(join, batch_tree)
 
 
+def placed(sharding: NamedSharding, tree: Any) -> Any:
+    """A tree of numpy arrays, whole and the same on every process, where a sharding puts it."""
+
+    def place(leaf: Any) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    # Within one process device_put is quicker; over several it would send everything round.
+    return (
+        jax.device_put(tree, sharding)
+        if sharding.is_fully_addressable
+        else jax.tree.map(place, tree)
+    )
+
+
 def copied(mesh: Mesh, tree: Any) -> Any:
     """A tree of numpy arrays, the same on every process, as a copy on every device."""
-    sharding = NamedSharding(mesh, COPIED)
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-
-    # device_put would send everything round to see that it is the same.
-    def copy(leaf: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
-
-    return jax.tree.map(copy, tree)
-
-
-def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array that may be split over processes."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return placed(NamedSharding(mesh, COPIED), tree)
 
 
 def flags(mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """What a process hands to a jitted step to say False or True; `jnp.any` of it is for all."""
+    every = NamedSharding(mesh, PartitionSpec((REPLICA_AXIS, DATA_AXIS, FSDP_AXIS)))
     mine = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-    no, yes = (global_batch(mesh, np.full(mine, value)) for value in (False, True))
-    return no, yes
 
+    def flag(value: bool) -> jax.Array:
+        given = np.full(mine, value)
+        return jax.make_array_from_process_local_data(every, given, (mesh.size,))
 
-def _check_divides(global_batch_size: int, mesh: Mesh) -> None:
-    if global_batch_size < 1 or global_batch_size % mesh.size:
-        below = global_batch_size // mesh.size * mesh.size
-        choices = " or ".join(str(n) for n in (below, below + mesh.size) if n > 0)
-        raise ValueError(
-            f"a batch of {global_batch_size} does not divide by {mesh.size} devices: use {choices}"
-        )
+    return flag(False), flag(True)

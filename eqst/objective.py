@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +57,32 @@ def grid_cross_entropy(
     return jnp.mean(jnp.stack(terms))
 
 
-def pair_terms(config: Config, prediction: Prediction, label_KP: jax.Array) -> Terms:
+class Weights(NamedTuple):
+    """Of the terms of the objective: numbers, or traced [] ones."""
+
+    parameters: Any
+    response: Any
+    gain: Any
+
+    @classmethod
+    def of(cls, config: Config) -> Weights:
+        """A config's own."""
+        return cls(config.loss.parameters, config.loss.response, config.loss.gain)
+
+
+def pair_terms(
+    config: Config, prediction: Prediction, label_KP: jax.Array, weights: Weights | None = None
+) -> Terms:
     """The objective of one pair.
 
     Args:
-      config: static; `config.loss` holds the weights.
+      config: static.
       prediction: from `predictor.apply`.
       label_KP: [K, 3] true settings in the unit cube.
+      weights: of the terms, numbers or traced; None takes those of `config.loss`.
     """
-    table, rate, weights = eq.table(config.eq_table), config.data.sample_rate, config.loss
+    table, rate = eq.table(config.eq_table), config.data.sample_rate
+    weights = Weights.of(config) if weights is None else weights
     grid_hz_F = jnp.asarray(eq.curve_grid_hz(rate), jnp.float32)
     guess = eq.from_unit(table, prediction.unit_KP)
     curves = (

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
 
-from eqst.card import MAKE_ROOM, METRICS_NAME, read_metrics
+from eqst.card import MAKE_ROOM, METRICS_NAME, read_metrics, to_json, write_whole
 from eqst.config import ConfigError
 from eqst.files import write_text
+
+SUMMARY_NAME = "summary.json"
 
 
 class Record:
@@ -21,7 +27,6 @@ class Record:
     ):
         """Takes up the record at `step`: what was written past it will be written again."""
         self._path = workdir / METRICS_NAME
-        self._say = say
         self._board = None
         if tensorboard:
             try:
@@ -58,9 +63,103 @@ class Record:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def say(self, text: str) -> None:
-        """Prints a line of progress."""
-        self._say(text)
+    def close(self, summary: dict[str, Any]) -> None:
+        """Writes what the finished run took beside its record: summary.json."""
+        if self._writes:
+            write_whole(epath.Path(self._path).parent / SUMMARY_NAME, to_json(summary))
+
+
+class Log:
+    """What the steps of one program give, for the records of its members and the screen.
+
+    Terms are NamedTuples of scalars, or of [members] where there are several.
+    """
+
+    def __init__(
+        self,
+        records: list[Record],
+        rates: list[Callable[[int], Any]],
+        steps: int,
+        batch_size: int,
+        kind: Callable,
+        say: Callable[[str], None],
+    ) -> None:
+        """`rates` are the members' learning rates by step, `steps` how many there are to do, `kind`
+        is the terms' type."""
+        self._records, self._rates, self._say = records, rates, say
+        self._steps, self._batch_size = steps, batch_size
+        self.going = list(range(len(records)))  # members that are still trained
+        self.pending: list[tuple[int, Any]] = []  # steps not yet in a line
+        self._kind = kind
+        self._waited, self._done, self._since = 0.0, 0, time.monotonic()
+        self._clock = (time.monotonic(), 0)
+
+    def resume(self, unlogged: list[list]) -> None:
+        """Takes up what `unlogged` gave for each member before an interruption."""
+        for rows in zip(*unlogged, strict=True):
+            columns = zip(*(numbers for _, numbers in rows), strict=True)
+            terms = self._kind(*(np.array(x, np.float32) for x in columns))
+            self.pending.append((rows[0][0], terms))
+
+    def unlogged(self, member: int) -> list:
+        """JSON of the pending steps, for a checkpoint's notes."""
+        return [
+            [step, [float(np.atleast_1d(x)[member]) for x in terms]] for step, terms in self.pending
+        ]
+
+    def start_clock(self, done: int) -> None:
+        """From here on, with so many steps done, steps tell the time that is left."""
+        self._clock = (time.monotonic(), done)
+
+    def add(self, step: int, terms: Any, waited: float) -> None:
+        """A step's terms, which may still be on their way, and the seconds its batch kept it."""
+        self.pending.append((step, terms))
+        self._waited += waited
+        self._done += 1
+
+    def drop(self, member: int) -> None:
+        """A member is trained no more."""
+        self.going.remove(member)
+
+    def write(self, done: int) -> None:
+        """The means of the pending steps, a line of every member's record and one on the screen."""
+        now = time.monotonic()
+        rate = self._done * self._batch_size / (now - self._since)
+        share = self._waited / (now - self._since)
+        table = [[np.atleast_1d(x) for x in terms] for _, terms in self.pending]
+        losses, shapes = [], []
+        for member in self.going:
+            means = self._kind(
+                *(
+                    float(np.mean(np.asarray([x[member] for x in column], np.float32)))
+                    for column in zip(*table, strict=True)
+                )
+            )
+            step, _ = self.pending[-1]
+            values = {**means._asdict(), "learning_rate": float(self._rates[member](step))}
+            self._records[member].write(done, {**values, "pairs_per_s": rate, "input_wait": share})
+            losses.append(means.loss)
+            shapes.append(means.shape_db)
+        began, first = self._clock
+        left = (self._steps - done) * (now - began) / max(done - first, 1)
+        self._say(
+            f"step {done}/{self._steps}  loss {_spread(losses)}  shape {_spread(shapes)} dB  "
+            f"{rate:,.0f} pairs/s  input wait {share:.0%}  left {clock(left)}"
+        )
+        self.pending, self._waited, self._since, self._done = [], 0.0, now, 0
+
+    def write_errors(self, done: int, name: str, errors: np.ndarray) -> None:
+        """A line of every member's record with an error [members] of that name, and one here."""
+        for member in self.going:
+            self._records[member].write(done, {name: float(errors[member])})
+        self._say(f"step {done}  {name} {_spread([float(errors[i]) for i in self.going])}")
+
+
+def _spread(numbers: list[float]) -> str:
+    """The number, or of several members the least and the most."""
+    if len(numbers) == 1:
+        return f"{numbers[0]:.3f}"
+    return f"{min(numbers):.3f} .. {max(numbers):.3f}"
 
 
 def clock(seconds: float) -> str:

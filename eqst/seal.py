@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from eqst import card as cards
+from eqst import processes
 from eqst.card import CARD_NAME, FORMAT_VERSION, DamagedCard, digest, to_json, write_whole
 
 SEAL_NAME = "eqst.json"
@@ -110,15 +111,15 @@ def mend_card(workdir: epath.Path) -> None:
 
 
 def leaf_facts(leaf: Any) -> dict[str, Any]:
-    """Shape, dtype and content checksum of a leaf, as they stand in eqst.json."""
+    """Shape, dtype and content checksum of a leaf, as they stand in eqst.json.
+
+    One that is split over processes is gathered: all of them have to ask, in one order.
+    """
     shape, dtype = list(leaf.shape), str(leaf.dtype)
     if isinstance(leaf, jax.Array):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        if not leaf.is_fully_addressable:
-            if not leaf.is_fully_replicated:
-                raise ValueError(f"a leaf {dtype}{shape} is split over processes: copy it to all")
-            leaf = leaf.addressable_data(0)
+        leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else processes.on_host(leaf)
     return {"shape": shape, "dtype": dtype, "sha256": digest(np.asarray(leaf).tobytes())}
 
 

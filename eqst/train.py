@@ -7,6 +7,7 @@ code 75; a non-finite loss stops with the step and leaves the last good checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,15 +15,13 @@ import os
 import pathlib
 import signal
 import sys
-import time
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from ml_collections import config_flags
 
@@ -32,165 +31,19 @@ from eqst import (
     command,
     corpus,
     eq,
+    learner,
+    loop,
     mesh,
-    objective,
     pairs,
     predictor,
+    processes,
 )
-from eqst.config import Config, ConfigError, as_dict, from_card, validate
-from eqst.record import Record, clock
-
-EXIT_INTERRUPTED = 75
-# Settings that may differ between two runs on one workdir without changing a result.
-FREE_KEYS = ("train.devices", "train.log_every", "train.tensorboard", "data.cache_dir")
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived and the state is saved."""
-
-
-class State(NamedTuple):
-    """All that training changes; a plain tree, saved whole."""
-
-    step: jax.Array
-    params: predictor.Params
-    opt_state: optax.OptState
-    ema: predictor.Params
-
-
-def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warm-up, then a cosine to 1 % of the peak."""
-    train = config.train
-    warmup = min(train.warmup_steps, train.steps - 1)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, train.learning_rate, warmup, train.steps, 0.01 * train.learning_rate
-    )
-
-
-def optimiser(config: Config) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; matrices alone are decayed."""
-    train = config.train
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            weight_decay=train.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
-
-
-def init_state(
-    config: Config, start: predictor.Params | None = None, key: jax.Array | None = None
-) -> State:
-    """The state before step 0: fresh parameters (of `key`; by default the seed's), or `start`."""
-    params = start
-    if params is None:
-        params = predictor.init(config, jax.random.key(config.seed) if key is None else key)
-    zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, optimiser(config).init(params), jax.tree.map(jnp.copy, params))
-
-
-def _batch_terms(
-    config: Config,
-    params: predictor.Params,
-    normalisation: predictor.Normalisation,
-    seen: batches.Seen,
-    key: jax.Array | None,
-) -> objective.Terms:
-    """Terms of every pair, leaves [B]."""
-
-    def one(
-        input_XM: jax.Array, reference_XM: jax.Array, label_KP: jax.Array, b: jax.Array
-    ) -> objective.Terms:
-        own = None if key is None else jax.random.fold_in(key, b)
-        seen_as = predictor.apply(config, params, normalisation, input_XM, reference_XM, own)
-        return objective.pair_terms(config, seen_as, label_KP)
-
-    return jax.vmap(one)(*seen, jnp.arange(len(seen.label_BKP)))
-
-
-def train_step(
-    config: Config, state: State, normalisation: predictor.Normalisation, seen: batches.Seen
-) -> tuple[State, objective.Terms]:
-    """One update. Pure; `config` is static. Returns the new state and the batch's mean terms."""
-    # A stream of its own, apart from the one that draws pairs. Without dropout nothing is drawn,
-    # and the seed is no part of the compiled step.
-    dropout = config.model.dropout > 0
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step) if dropout else None
-
-    def loss(params: predictor.Params) -> tuple[jax.Array, objective.Terms]:
-        terms_B = _batch_terms(config, params, normalisation, seen, key)
-        terms = jax.tree.map(jnp.mean, terms_B)
-        return terms.loss, terms
-
-    (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimiser(config).update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # The average starts short, so that early checkpoints are not the initial weights.
-    decay = jnp.minimum(config.train.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
-    return State(state.step + 1, params, opt_state, ema), terms
-
-
-def held_out_error_db(
-    config: Config,
-    params: predictor.Params,
-    normalisation: predictor.Normalisation,
-    valid: batches.Weighed,
-) -> jax.Array:
-    """[] mean shape error over the pairs that count, whatever fills up the devices."""
-    terms_B = _batch_terms(config, params, normalisation, valid.seen, None)
-    return jnp.sum(valid.weight_B * terms_B.shape_db)
-
-
-# --- the loop ------------------------------------------------------------------------------------
-
-
-def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Settings that differ between two configs, as 'key: old -> new'."""
-    lines = []
-    for key in sorted(set(old) | set(new)):
-        path = f"{prefix}{key}"
-        a, b = old[key] if key in old else None, new[key] if key in new else None
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differing_keys(a, b, f"{path}.")
-        elif path not in FREE_KEYS and json.dumps(a) != json.dumps(b):
-            lines.append(f"{path}: {a} -> {b}")
-    return lines
-
-
-class _Signals:
-    """Remembers SIGTERM and SIGINT; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def stop_early(self) -> None:
-        """Between the stages of the start: leaves if any process was told to; nothing is new."""
-        if mesh.gathered(int(self.received is not None)).any():
-            raise Interrupted(f"{self.name()}: stopped before training; the same command goes on")
-
-    def name(self) -> str:
-        """What this process was told to stop by; it may have been another that was."""
-        return self.received or "another process was stopped"
-
-    def _remember(self, number: int, _: object) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        if number == signal.SIGINT and os.isatty(2):  # a person waits, for a compilation perhaps
-            os.write(2, b"SIGINT: saving after this step; once more ends at once\n")
+from eqst.config import Config, ConfigError, as_dict, differing_keys, from_card, validate
+from eqst.learner import (
+    State,
+    init_state,
+)
+from eqst.stopping import EXIT_INTERRUPTED, Interrupted, Signals
 
 
 def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None] = print) -> State:
@@ -209,35 +62,79 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
       FloatingPointError: the loss is not finite; the message has the step.
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
-    workdir = pathlib.Path(workdir)
+    return train_together([config], [workdir], say)
+
+
+def train_together(
+    configs: Sequence[Config],
+    workdirs: Sequence[str | os.PathLike],
+    say: Callable[[str], None] = print,
+) -> State:
+    """Trains runs that differ in `learner.KNOBS` alone as one program, each in its own workdir.
+
+    A workdir is then what `train` would have made of it alone, but for rounding, and either can go
+    on with what the other has begun. A member whose loss is not finite is left behind, with its
+    last good checkpoint, and takes no other down.
+
+    Returns:
+      the final state; of several members every leaf has a first axis for them.
+
+    Raises:
+      ConfigError: as `train`; or they differ in more than that, do not train from the resident
+        path, or have no step in common to go on from.
+      FloatingPointError: at the end, for those left behind; at once if that is all of them.
+      Interrupted: as `train`.
+    """
     if jax.process_index() > 0:
         say = _nothing
-    plain = json.loads(json.dumps(as_dict(config)))  # as the card has it
-    if len(set(mesh.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
+    plain = [json.loads(json.dumps(as_dict(config))) for config in configs]  # as the card has it
+    _check_one_program(plain)
+    if len(set(processes.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
         raise ConfigError("the processes were started with different settings: give all the same")
-    card = checkpoint.find_card(workdir)
-    if card is not None:
-        old = as_dict(from_card(card["config"]))
-        changed = differing_keys(json.loads(json.dumps(old)), plain)
-        if changed:
+    folders = [pathlib.Path(workdir) for workdir in workdirs]
+    for folder, own in zip(folders, plain, strict=True):
+        _check_same_run(folder, own)
+    with contextlib.ExitStack() as stack, Signals() as signals:
+        members = [
+            loop.Member(config, folder, stack.enter_context(checkpoint.Checkpoints(folder)))
+            for config, folder in zip(configs, folders, strict=True)
+        ]
+        return _run(members, signals, say)
+
+
+def _check_one_program(plain: list[dict]) -> None:
+    """Refuses members that cannot share a program."""
+    for other in plain[1:]:
+        lines = differing_keys(plain[0], other)
+        strange = [line for line in lines if line.partition(":")[0] not in learner.KNOBS]
+        if strange:
             raise ConfigError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
-                "take them back or choose another --workdir, which "
-                f"--config.train.init_from={workdir} starts from this run's weights"
+                f"members of one program differ in {'; '.join(strange)}: they may in "
+                f"{', '.join(learner.KNOBS)}; train the others by themselves"
             )
-    with checkpoint.Checkpoints(workdir) as saved, _Signals() as signals:
-        return _run(config, workdir, saved, signals, say)
+    if len(plain) > 1 and plain[0]["data"]["pipeline"] != "resident":
+        raise ConfigError("members of one program need --config.data.pipeline=resident")
 
 
-def _run(
-    config: Config,
-    workdir: pathlib.Path,
-    saved: checkpoint.Checkpoints,
-    signals: _Signals,
-    say: Callable[[str], None],
-) -> State:
-    devices = mesh.make_mesh(config.train.devices or None)
-    rules = mesh.Shardings.of(devices)
+def _check_same_run(workdir: pathlib.Path, plain: dict) -> None:
+    """Refuses a workdir of other settings."""
+    card = checkpoint.find_card(workdir)
+    if card is None:
+        return
+    old = as_dict(from_card(card["config"]))
+    changed = differing_keys(json.loads(json.dumps(old)), plain)
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
+            "take them back or choose another --workdir, which "
+            f"--config.train.init_from={workdir} starts from this run's weights"
+        )
+
+
+def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None]) -> State:
+    config, stacked = members[0].config, len(members) > 1
+    devices = mesh.make_mesh(config.train.devices or None, config.train.fsdp, len(members))
+    rules = mesh.Shardings.of(devices, stacked=stacked)
     # Refuses a batch that does not divide by the devices before any work is done.
     mesh.process_slice(devices, config.train.batch_size)
     start = None
@@ -246,18 +143,20 @@ def _run(
         predictor.check_params(config, loaded.params, config.train.init_from)
         start = loaded.params["network"]
     # The key is an argument, so that runs of other seeds find this compiled.
-    make_state = functools.partial(
-        jax.jit(functools.partial(init_state, config, start), out_shardings=rules.params),
-        key=jax.random.key(config.seed),
-    )
-    resumed = _restore(config, saved, make_state, rules)
+    seeds = np.array([member.config.seed for member in members], np.int32)
+    key = jax.vmap(jax.random.key)(seeds) if stacked else jax.random.key(config.seed)
+    fresh = functools.partial(init_state, config, start)
+    one = jax.eval_shape(fresh, jax.random.key(0))  # of a single member
+    initial = jax.vmap(fresh) if stacked else fresh
+    where = rules.state(jax.eval_shape(initial, key))
+    resumed = _restore(members, one, rules, where)
     if resumed is not None:
         state, normalisation = resumed
-        say(f"resumed at step {int(state.step)} of {config.train.steps}")
-        if int(state.step) >= config.train.steps:
-            say(f"finished: {workdir}")
+        say(f"resumed at step {loop.step_of(state)} of {config.train.steps}")
+        if loop.step_of(state) >= config.train.steps:
+            say(loop.finished(members))
             return state
-    recordings, choosing = mesh.together(
+    recordings, choosing = processes.together(
         lambda: tuple(corpus.open_corpus(config.data, split, say) for split in ("train", "valid")),
         ValueError,
         OSError,
@@ -270,148 +169,101 @@ def _run(
     # Before anything is written: the held-out talkers' recordings may give no pair.
     pairs.build_index(choosing, config.data.segment_seconds[0], config.data.min_loudness_lufs)
     supply = batches.make_source(config, recordings, devices, say)
+    take = _taker(one, rules, stacked)
     if resumed is None:
-        normalisation = batches.measure_normalisation(config, supply)
-        facts = {name: np.asarray(x).tolist() for name, x in normalisation._asdict().items()}
-        table = dataclasses.asdict(eq.table(config.eq_table))
-        card = {"config": as_dict(config), "normalisation": facts, "band_table": table}
-        checkpoint.write_card(workdir, card)
-        state, normalisation = make_state(), mesh.copied(devices, normalisation)
-        saved.save(0, _saved_tree(state, normalisation))
+        measured = _begin(members, supply)
+        together = jax.tree.map(lambda *x: np.stack(x), *measured) if stacked else measured[0]
+        normalisation = mesh.placed(rules.own, together)
+        state = jax.jit(initial, out_shardings=where)(key)
+        for i, member in enumerate(members):
+            member.saved.save(0, loop.saved_tree(take(state, i), take(normalisation, i)))
+    if stacked:
+        supply = batches.of_members(supply, mesh.placed(rules.own, seeds))
     signals.stop_early()
     held_out = not set(choosing.talker_R) & set(recordings.talker_R)
-    valid = batches.valid_pairs(config, choosing, devices)
+    judged = [batches.valid_pairs(member.config, choosing, devices) for member in members]
+    valid = jax.jit(_stack, out_shardings=rules.own_batch)(*judged) if stacked else judged[0]
     say(f"valid: {config.train.eval_pairs} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
-    record = Record(workdir, int(state.step), config.train.tensorboard, say)
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    say(f"network: {count:,} parameters")
+    count = sum(x.size for x in jax.tree.leaves(one.params))
+    many = f", {len(members)} of them in one program" if stacked else ""
+    say(f"network: {count:,} parameters{many}{mesh.share_line(state)}")
+    ready = loop.Ready(devices, rules, where, supply, valid, held_out, take)
+    return loop.run(members, signals, say, ready, state, normalisation)
 
-    # That some process was told to stop comes out of the step as its loss does: the same for all.
-    @functools.partial(
-        jax.jit,
-        static_argnums=5,
-        donate_argnums=0,
-        out_shardings=(rules.params, rules.metrics, rules.metrics),
-    )
-    def step_once(
-        state: State, normalisation: Any, batch: Any, constants: Any, flag: Any, which: int
-    ) -> tuple[State, objective.Terms, jax.Array]:
-        seen = supply.see(batch, constants, which)
-        return *train_step(config, state, normalisation, seen), jnp.any(flag)
 
-    evaluate = jax.jit(functools.partial(held_out_error_db, config), out_shardings=rules.metrics)
+def _begin(members: list[loop.Member], supply: batches.Source) -> list[predictor.Normalisation]:
+    """Measures every member's normalisation and writes their cards."""
+    table = dataclasses.asdict(eq.table(members[0].config.eq_table))
+    measured = []
+    for member in members:
+        own = supply if len(members) == 1 else batches.of_member(supply, member.config.seed)
+        measured.append(batches.measure_normalisation(member.config, own))
+        facts = {name: np.asarray(x).tolist() for name, x in measured[-1]._asdict().items()}
+        plain = as_dict(member.config)
+        card = {"config": plain, "normalisation": facts, "band_table": table}
+        checkpoint.write_card(member.workdir, card)
+    return measured
 
-    name = "valid_shape_db" if held_out else "train_exact_shape_db"
-    start_step, lengths = int(state.step), len(config.data.segment_seconds)
-    stream = supply.stream(start_step)
-    # Steps not yet in a line of the record; at first those from before an interruption.
-    unlogged: Any = saved.notes["unlogged"] if "unlogged" in saved.notes else []
-    pending: list[tuple[int, Any]] = [
-        (step, objective.Terms(*map(jnp.float32, terms))) for step, terms in unlogged
-    ]
-    flags, asked = mesh.flags(devices), np.asarray(False)
-    waited, since, done_since = 0.0, time.monotonic(), 0
-    began, first_step = time.monotonic(), start_step
-    for step in range(start_step, config.train.steps):
-        before = time.monotonic()
-        batch = next(stream)
-        waited += time.monotonic() - before
-        which = step % lengths
-        asked_before, flag = asked, flags[signals.received is not None]
-        state, terms, asked = step_once(state, normalisation, batch, supply.constants, flag, which)
-        # The step before is read while this one runs.
-        if pending:
-            _check_finite(*pending[-1])
-        leaving = bool(asked_before)
-        pending.append((step, terms))
-        done = step + 1
-        done_since += 1
-        if done == start_step + lengths:  # compilation is no measure of the time left
-            jax.block_until_ready(state)
-            began, first_step = time.monotonic(), done
-        last = done == config.train.steps
-        if done % config.train.log_every == 0 or last:
-            _check_finite(step, terms)
-            means = jax.tree.map(
-                lambda *x: float(np.mean(np.asarray(x, np.float32))),
-                *(terms for _, terms in pending),
-            )
-            now = time.monotonic()
-            rate = done_since * config.train.batch_size / (now - since)
-            left = (config.train.steps - done) * (now - began) / max(done - first_step, 1)
-            share = waited / (now - since)
-            values = {**means._asdict(), "learning_rate": float(learning_rate(config)(step))}
-            record.write(done, {**values, "pairs_per_s": rate, "input_wait": share})
-            record.say(
-                f"step {done}/{config.train.steps}  loss {means.loss:.3f}  shape "
-                f"{means.shape_db:.3f} dB  {rate:,.0f} pairs/s  input wait {share:.0%}  "
-                f"left {clock(left)}"
-            )
-            pending, waited, since, done_since = [], 0.0, now, 0
-        if done % config.train.eval_every == 0 or last:
-            _check_finite(step, terms)
-            error = float(evaluate(state.ema, normalisation, valid))
-            record.write(done, {name: error})
-            record.say(f"step {done}  {name} {error:.3f}")
-            saved.save_best(done, _saved_tree(state, normalisation)["params"], error)
-        if done % config.train.checkpoint_every == 0 or last or leaving:
-            _check_finite(step, terms)
-            if not all_finite(state.params):
-                raise FloatingPointError(_diverged("a parameter is not finite", step))
-            unlogged = [[step, [float(x) for x in terms]] for step, terms in pending]
-            saved.save(done, _saved_tree(state, normalisation), {"unlogged": unlogged})
-        if leaving and not last:
-            raise Interrupted(f"{signals.name()}: saved at step {done}; the same command resumes")
-    say(f"finished: {workdir}")
-    return state
+
+def _taker(one: State, rules: mesh.Shardings, stacked: bool) -> Callable[[Any, int], Any]:
+    """How a member's part is cut out of a stacked state or normalisation."""
+    if not stacked:
+        return lambda tree, _: tree
+
+    def cut(tree: Any, i: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[i], tree)
+
+    cut_state = jax.jit(cut, out_shardings=rules.one(one))
+    cut_rest = jax.jit(cut, out_shardings=rules.copied)
+    return lambda tree, i: (cut_state if isinstance(tree, State) else cut_rest)(tree, i)
+
+
+def _stack(*trees: Any) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 def _nothing(_: str) -> None:
     """Says nothing: what every process but the first does with its progress."""
 
 
-def _saved_tree(state: State, normalisation: predictor.Normalisation) -> dict[str, Any]:
-    """What a checkpoint holds; `params` is what `checkpoint.load` finds in it."""
-    params = {"network": state.ema, "normalisation": normalisation._asdict()}
-    return {"params": params, "state": state._replace(ema={})}
-
-
 def _restore(
-    config: Config, saved: checkpoint.Checkpoints, make_state: Callable, rules: mesh.Shardings
+    members: list[loop.Member], one: State, rules: mesh.Shardings, where: Any
 ) -> tuple[State, predictor.Normalisation] | None:
-    """The newest intact checkpoint, or None."""
-    state = jax.eval_shape(make_state)
+    """The newest intact checkpoint that all members have, stacked if they are several; or None."""
+    config = members[0].config
+    tree = loop.saved_tree(one, predictor.normalisation_shape(config))
+    places = rules.one(tree)
+    places["params"]["normalisation"] = dict.fromkeys(tree["params"]["normalisation"], rules.copied)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.params),
-        _saved_tree(state, predictor.normalisation_shape(config)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, places
     )
-    found = saved.restore(abstract)
-    if found is None:
-        return None
-    _, tree = found
-    normalisation = predictor.Normalisation(**tree["params"]["normalisation"])
-    return tree["state"]._replace(ema=tree["params"]["network"]), normalisation
-
-
-def _check_finite(step: int, terms: objective.Terms) -> None:
-    loss = float(terms.loss)
-    if not np.isfinite(loss):
-        raise FloatingPointError(_diverged(f"loss is {loss}", step))
-
-
-def _diverged(what: str, step: int) -> str:
+    steps: list[int] = []
+    while len(set(steps)) != 1:
+        at_most = min(steps) if steps else None
+        found = [member.saved.restore(abstract, at_most=at_most) for member in members]
+        if all(x is None for x in found):
+            return None
+        steps = [-1 if x is None else x[0] for x in found]
+        if -1 in steps and max(steps) == 0:  # ended between the first saves: nothing is lost
+            return None
+        if -1 in steps or at_most is not None and min(steps) == at_most != max(steps):
+            raise ConfigError(
+                f"the members are at steps {', '.join(map(str, steps))} (-1: none that will do) "
+                "and have none in common: train those ahead or behind by themselves"
+            )
+    parts = []
+    for x in found:
+        assert x is not None
+        own = x[1]
+        normalisation = predictor.Normalisation(**own["params"]["normalisation"])
+        parts.append((own["state"]._replace(ema=own["params"]["network"]), normalisation))
+    if len(members) == 1:
+        return parts[0]
+    states, normalisations = zip(*parts, strict=True)
     return (
-        f"{what} at step {step}; the last checkpoint is from before it; lower train.learning_rate "
-        "or train.clip_norm and take another --workdir (--config.train.init_from=THIS_ONE starts "
-        "from its best weights)"
+        jax.jit(_stack, out_shardings=where)(*states),
+        jax.jit(_stack, out_shardings=rules.own)(*normalisations),
     )
-
-
-@jax.jit
-def all_finite(params: predictor.Params) -> jax.Array:
-    """[] whether every number of a tree is finite."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
-    return jnp.all(jnp.stack(leaves))
 
 
 def define_flags() -> None:
@@ -423,7 +275,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """The command."""
-    mesh.join()
+    processes.join()
     try:
         config = validate(flags.FLAGS.config)
         train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
@@ -432,11 +284,10 @@ def main() -> None:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BaseException as error:
-        mesh.part()
+        processes.part()
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             raise OSError(
-                f"another process is gone ({str(error)[:120]}): start all of them again, "
-                "they go on from the last checkpoint"
+                f"another process is gone ({str(error)[:120]}): {processes.START_AGAIN}"
             ) from None
         raise
 

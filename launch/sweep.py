@@ -22,8 +22,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from eqst import charts, command, comparison, config, files
+from eqst.stopping import EXIT_INTERRUPTED, Interrupted
 from eqst.sweeps import local, members, outcomes, single
-from eqst.train import EXIT_INTERRUPTED, Interrupted
 
 
 def define_flags() -> None:

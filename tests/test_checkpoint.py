@@ -57,11 +57,11 @@ def example_state(seed: int = 0) -> State:
     kernel = rng.normal(size=(3, 3, 1, 4)).astype(np.float32)
     bias = rng.normal(size=4).astype(jnp.bfloat16)
     head = rng.normal(size=(64, 12)).astype(np.float32)
-    return jax.jit(make, out_shardings=Shardings.of(make_mesh()).params)(kernel, bias, head)
+    return jax.jit(make, out_shardings=Shardings.of(make_mesh()).copied)(kernel, bias, head)
 
 
 def abstract(state: Any, num_devices: int | None = None) -> Any:
-    sharding = Shardings.of(make_mesh(num_devices)).params
+    sharding = Shardings.of(make_mesh(num_devices)).copied
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
     )
@@ -170,7 +170,7 @@ def test_round_trip_keeps_structure_bits_and_placement(tmp_path: Path) -> None:
     step, tree = restored
     assert step == 1
     assert_same(tree, state)
-    wanted = Shardings.of(make_mesh()).params
+    wanted = Shardings.of(make_mesh()).copied
     assert all(leaf.sharding == wanted for leaf in jax.tree.leaves(tree))
     # The optimiser goes on as if nothing had happened.
     update = jax.jit(lambda state: optimiser().update(state.params, state.opt_state, state.params))

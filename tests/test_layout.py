@@ -15,7 +15,18 @@ PACKAGE = REPO / "eqst"
 # Data flows one way: a module may import only modules named before it.
 ORDER = (
     # what stands alone
-    *("config", "recipes", "files", "command", "mesh", "card", "seal", "lock", "arrays"),
+    *(
+        "config",
+        "recipes",
+        "files",
+        "command",
+        "processes",
+        "mesh",
+        "card",
+        "seal",
+        "lock",
+        "arrays",
+    ),
     "checkpoint",
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
@@ -34,7 +45,7 @@ ORDER = (
         "resident",
         "predictor",
     ),
-    *("objective", "batches", "record", "train"),
+    *("objective", "batches", "record", "cost", "learner", "loop", "train"),
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
@@ -61,7 +72,7 @@ OWNERS = {
 }
 
 # These know neither DSP nor models: they could serve another project as they are.
-STANDALONE = ("halfangle", "mesh", "card")
+STANDALONE = ("halfangle", "processes", "mesh", "card")
 
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "base"}
 MAX_LINES = 450

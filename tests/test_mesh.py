@@ -52,12 +52,12 @@ def test_sharded_gradient_equals_the_plain_one() -> None:
 
     step = jax.jit(
         jax.value_and_grad(loss),
-        in_shardings=(rules.params, rules.batch),
-        out_shardings=(rules.metrics, rules.params),
+        in_shardings=(rules.copied, rules.batch),
+        out_shardings=(rules.copied, rules.copied),
     )
     with jax.transfer_guard("disallow"):  # the training loop runs under it
         batch = global_batch(mesh, x_BT)
-        value, grad = step(jax.device_put(w_T, rules.params), batch)
+        value, grad = step(jax.device_put(w_T, rules.copied), batch)
     expected, expected_grad = jax.value_and_grad(loss)(jnp.asarray(w_T), jnp.asarray(x_BT))
     # The sum over 8 examples is taken in another order: a few float32 roundings.
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -72,7 +72,7 @@ def test_resident_corpus_is_read_by_a_sharded_index() -> None:
     corpus_RT = np.arange(40, dtype=np.int16).reshape(10, 4)
     index_B = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
     read = jax.jit(lambda corpus, index: corpus[index].reshape(4, 2, 4))
-    got = read(jax.device_put(corpus_RT, rules.params), global_batch(mesh, index_B))
+    got = read(jax.device_put(corpus_RT, rules.copied), global_batch(mesh, index_B))
     np.testing.assert_array_equal(np.asarray(got), corpus_RT[index_B].reshape(4, 2, 4))
 
 
@@ -116,7 +116,7 @@ batch = global_batch(mesh, whole_BT[rows])
 assert batch.shape == (8, 3)
 weights_B = np.arange(8, dtype=np.float32)
 weights = global_batch(mesh, weights_B[rows])
-total = jax.jit(lambda x, w: w @ x, out_shardings=rules.metrics)(batch, weights)
+total = jax.jit(lambda x, w: w @ x, out_shardings=rules.copied)(batch, weights)
 np.testing.assert_array_equal(np.asarray(total), weights_B @ whole_BT)
 try:
     make_mesh(2)
@@ -124,7 +124,7 @@ except ValueError as error:
     assert "leave 1 of 2 processes without one" in str(error)
 else:
     raise AssertionError("a process without a device")
-state = {"params": {"w": jax.device_put(np.arange(5.0, dtype=np.float32), rules.params)}, "step": 3}
+state = {"params": {"w": jax.device_put(np.arange(5.0, dtype=np.float32), rules.copied)}, "step": 3}
 with Checkpoints(workdir) as run:
     assert run.restore(state) is None
     for step in (1, 2, 3):
@@ -165,3 +165,30 @@ def test_two_processes_share_batch_and_checkpoints(tmp_path: Any) -> None:
     loaded = checkpoint.load(tmp_path)  # by one process what two have saved
     np.testing.assert_array_equal(loaded.params["w"], np.arange(5.0, dtype=np.float32))
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "last").iterdir()) == ["2", "3"]
+
+
+def test_large_leaves_of_the_state_are_split_and_small_ones_whole() -> None:
+    mesh = make_mesh(4, fsdp=2)
+    rules = Shardings.of(mesh)
+    shapes = {
+        "tall": (2048, 3),
+        "wide": (3, 2048),
+        "odd": (2047, 3),  # divides along neither axis
+        "small": (16, 16),
+        "step": (),
+    }
+    tree = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    placed = jax.device_put(tree, rules.state(tree))
+    held = {name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()}
+    assert held == shapes | {"tall": (1024, 3), "wide": (3, 1024)}
+    # A batch is split over all four, whatever the width of fsdp.
+    batch = global_batch(mesh, np.arange(8))
+    assert [int(shard.data[0]) for shard in batch.addressable_shards] == [0, 2, 4, 6]
+    alone = Shardings.of(make_mesh(4))
+    assert all(sharding == alone.copied for sharding in jax.tree.leaves(alone.state(tree)))
+
+
+@pytest.mark.parametrize("fsdp", [0, 3])
+def test_an_fsdp_that_does_not_divide_is_refused(fsdp: int) -> None:
+    with pytest.raises(ValueError, match=f"fsdp={fsdp} does not divide 4 devices"):
+        make_mesh(4, fsdp=fsdp)

@@ -22,6 +22,7 @@ from eqst import (
     biquad,
     eq,
     features,
+    learner,
     match,
     objective,
     observe,
@@ -29,7 +30,6 @@ from eqst import (
     pooled,
     predictor,
     render,
-    train,
 )
 
 RATE, SAMPLES, BATCH = 16000, 6000, 4
@@ -425,11 +425,11 @@ def test_a_step_on_this_backend_is_that_of_float64(model_of, run_chain, sound, v
     name, device, cpu = backends()
     batch = batch_of(sound)
     seen = batches.Seen(*run_chain(variant, *batch)[0], batch[2])
-    given_all = (train.init_state(config, params), normalisation, seen)
+    given_all = (learner.init_state(config, params), normalisation, seen)
 
     @jax.jit
     def step(state, normalisation, seen):
-        after, terms = train.train_step(config, state, normalisation, seen)
+        after, terms = learner.train_step(config, state, normalisation, seen)
         # Adam's first moment is the clipped gradient; the step itself is its sign, or nearly so,
         # which shows little of how large an error is.
         return terms, optax.tree.get(after.opt_state, "mu"), after.params
@@ -444,7 +444,7 @@ def test_a_step_on_this_backend_is_that_of_float64(model_of, run_chain, sound, v
         for tree in (gradient, true_gradient)
     )
     assert 0 < np.linalg.norm(found - wanted) < STEP_PARITY[name] * np.linalg.norm(wanted)
-    assert bool(train.all_finite(params))
+    assert bool(learner.all_finite(params))
 
 
 # ---- what the traced programs hold
@@ -519,14 +519,14 @@ def programs_of(model_of, configure) -> Callable[[str], tuple[dict, dict]]:
         augmented = configure(SMALL | VARIANTS[variant] | changes)
         seen = seen_shape(config)
         batch = (floats(BATCH, *seen.shape), floats(BATCH, *seen.shape), floats(BATCH, 4, 3))
-        state = jax.eval_shape(functools.partial(train.init_state, config))
+        state = jax.eval_shape(functools.partial(learner.init_state, config))
         apply = functools.partial(predictor.apply, config)
         said = jax.eval_shape(apply, model.params, model.normalisation, seen, seen)
         learning = {
             "apply": (apply, (model.params, model.normalisation, seen, seen)),
             "objective": (functools.partial(objective.pair_terms, config), (said, floats(4, 3))),
             "step": (
-                functools.partial(train.train_step, config),
+                functools.partial(learner.train_step, config),
                 (state, model.normalisation, batches.Seen(*batch)),
             ),
         }
@@ -591,7 +591,7 @@ def test_everything_trained_is_32_bits_and_stays_so(model_of, programs_of, varia
     config = model_of(variant).config
     step, arguments = programs_of(variant)[1]["step"]
     with jax.enable_x64(True):
-        before = jax.eval_shape(functools.partial(train.init_state, config))
+        before = jax.eval_shape(functools.partial(learner.init_state, config))
         after, terms = jax.eval_shape(step, before, *arguments[1:])
     types = {leaf.dtype for leaf in jax.tree.leaves((before, after, terms))}
     assert types == {np.dtype(np.float32), np.dtype(np.int32)}

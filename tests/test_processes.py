@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,18 @@ import numpy as np
 import pytest
 from test_train import CONFIGS, POOLED, TINY, losses, silent
 
-from eqst import batches, checkpoint, config, corpus, mesh, predictor, recipes, train
+from eqst import (
+    batches,
+    checkpoint,
+    config,
+    corpus,
+    learner,
+    mesh,
+    predictor,
+    processes,
+    recipes,
+    train,
+)
 
 STEPS = 48
 CHANGES = {
@@ -36,14 +49,15 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def environments(cache: Path, count: int) -> list[dict[str, str]]:
-    """What each of `count` processes has to know."""
+def environments(cache: Path, count: int, devices: int = 1) -> list[dict[str, str]]:
+    """What each of `count` processes with so many devices has to know."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -51,13 +65,15 @@ def environments(cache: Path, count: int) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def started(words: list[str], cache: Path) -> Iterator[list[subprocess.Popen]]:
-    """The same command as two processes; none outlives the block."""
+def started(
+    words: list[str], cache: Path, count: int = 2, devices: int = 1
+) -> Iterator[list[subprocess.Popen]]:
+    """The same command as several processes; none outlives the block."""
     processes = [
         subprocess.Popen(
             words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for environment in environments(cache, 2)
+        for environment in environments(cache, count, devices)
     ]
     try:
         yield processes
@@ -192,13 +208,41 @@ def test_both_are_refused_and_neither_waits_for_the_other(cache, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+# What a device holds of the state where it is split, in MB.
+HELD = re.compile(r"of ([\d.]+) MB of state a device holds ([\d.]+) MB")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "processes, devices, fsdp", [(1, 8, 1), (1, 8, 4), (2, 2, 1), (2, 4, 2), (4, 2, 8)]
+)
+def test_the_loss_curve_does_not_depend_on_the_topology(
+    processes, devices, fsdp, cache, tmp_path, tmp_path_factory
+):
+    changes = POOLED | {"train.steps": 50, "model.hidden": 64}
+    whole = tmp_path_factory.getbasetemp() / "topology"
+    if not whole.exists():  # once for all cases
+        train.train(settings_of(cache, changes), whole, silent)
+    words = train_words(tmp_path / "split", cache, changes | {"train.fsdp": fsdp})
+    with started(words, cache, processes, devices) as children:
+        results = ends(children)
+    assert [code for code, _, _ in results] == [0] * processes, results
+    out = results[0][1]
+    assert f"{processes * devices} cpu device(s)" in out
+    held = HELD.search(out)
+    assert (held is None) == (fsdp == 1)
+    if held:
+        assert float(held[2]) < 1.3 * float(held[1]) / fsdp
+    assert_same_curve(whole, tmp_path / "split")
+
+
 EVALUATE = """
 import sys
 from test_processes import held_out_errors
-from eqst import mesh
+from eqst import processes
 from eqst.config import from_dict
 import json
-mesh.join()
+processes.join()
 print(json.dumps(held_out_errors(from_dict(json.loads(sys.argv[1])), 0)))
 """
 COUNTS = (5, 7)  # neither divides by 2
@@ -216,7 +260,7 @@ def held_out_errors(made, devices: int) -> list[float]:
     for count in COUNTS:
         one = dataclasses.replace(made, train=dataclasses.replace(made.train, eval_pairs=count))
         valid = batches.valid_pairs(one, recordings, on)
-        error = jax.jit(train.held_out_error_db, static_argnums=0)(
+        error = jax.jit(learner.held_out_error_db, static_argnums=0)(
             one, params, normalisation, valid
         )
         found.append(float(error))
@@ -230,7 +274,7 @@ def test_the_validation_figure_is_exact_for_any_number_of_devices(cache):
     whole = batches.valid_pairs(made, recordings, mesh.make_mesh(1)).seen
     params = predictor.init(made, jax.random.key(3))
     normalisation = predictor.Normalisation(np.float32(-30.0), np.float32(20.0))
-    each_B = train._batch_terms(made, params, normalisation, whole, None).shape_db
+    each_B = learner.batch_terms(made, params, normalisation, whole, None).shape_db
     by_hand = [float(np.mean(each_B[:count])) for count in COUNTS]
     for devices in (1, 2, 4):
         np.testing.assert_allclose(held_out_errors(made, devices), by_hand, rtol=1e-6)
@@ -270,15 +314,119 @@ def test_an_environment_that_is_no_whole_is_refused(given, said, monkeypatch):
     for name, value in (given if "is set" in said else whole | given).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
-        mesh.join()
+        processes.join()
+
+
+# Nobody waits for anybody's numbers here, so that only looking finds out.
+IDLE = """
+import sys, time
+from eqst import processes
+processes.LOOK_SECONDS, processes.LOST_SECONDS = 0.5, 5.0
+processes.join()
+print("joined", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_is_missed_and_named_in_one_line(how, cache):
+    with started([sys.executable, "-c", IDLE], cache, count=3) as children:
+        for child in children:
+            wait_for_line(child, "joined")
+        before = time.monotonic()
+        children[1].send_signal(how)
+        for child in (children[0], children[2]):
+            _, err = child.communicate(timeout=60)
+            assert child.returncode == 1
+            assert err == f"process 1 is gone: {processes.START_AGAIN}\n"
+        assert 4.0 < time.monotonic() - before < 30.0
+
+
+@pytest.mark.long
+def test_without_process_0_all_end(cache):
+    with started([sys.executable, "-c", IDLE], cache) as children:
+        for child in children:
+            wait_for_line(child, "joined")
+        children[0].kill()
+        children[1].communicate(timeout=60)
+        assert children[1].returncode not in (0, None)
+
+
+STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+
+
+@pytest.mark.parametrize(
+    "given, tpu, options",
+    [
+        ({}, False, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False, None),  # a batch script, no srun
+        (STEP | {"SLURM_NTASKS": "1"}, False, None),
+        (STEP, False, {"cluster_detection_method": "slurm"}),
+        (
+            STEP | {"SLURM_GPUS_ON_NODE": "4"},
+            False,
+            {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]},
+        ),
+        (
+            STEP | {"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+            False,
+            {"cluster_detection_method": "slurm"},
+        ),
+        ({}, True, {}),
+        (STEP, True, {"cluster_detection_method": "slurm"}),  # as JAX itself decides
+        (
+            STEP
+            | {
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+            },
+            True,
+            {
+                "coordinator_address": "a:1",
+                "num_processes": 2,
+                "process_id": 1,
+                "cluster_detection_method": "deactivate",
+            },
+        ),
+    ],
+)
+def test_what_the_environment_says_is_what_jax_is_told(given, tpu, options, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "JAX_COORD", "JAX_NUM_PROC", "JAX_PROCESS")):
+            monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    told: list[dict] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **words: told.append(words))
+    monkeypatch.setattr(processes, "_on_tpu", lambda: tpu)
+    processes.join()
+    times = {
+        "initialization_timeout": processes.START_SECONDS,
+        "heartbeat_timeout_seconds": processes.HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": processes.SHUTDOWN_SECONDS,
+    }
+    assert told == ([] if options is None else [options | times])
+
+
+def test_processes_that_do_not_find_each_other_end_in_one_line(monkeypatch):
+    def refuse(**_: object) -> None:
+        raise RuntimeError("DEADLINE_EXCEEDED: no answer\npage of frames")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    for name, value in zip(processes.ENVIRONMENT, ("h:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="do not find each other .DEADLINE_EXCEEDED: no answer. "):
+        processes.join()
 
 
 def test_one_process_alone_has_nothing_to_join_or_to_agree_on(monkeypatch):
-    for name in mesh.ENVIRONMENT:
+    for name in processes.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    mesh.join()
+    processes.join()
     assert jax.process_count() == 1
-    assert mesh.gathered(7).tolist() == [7]
-    assert mesh.together(lambda: 5, ValueError) == 5
+    assert processes.gathered(7).tolist() == [7]
+    assert processes.together(lambda: 5, ValueError) == 5
     with pytest.raises(KeyError):
-        mesh.together(lambda: {}["x"], ValueError)
+        processes.together(lambda: {}["x"], ValueError)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqst import batches, eq, features, observe, pairs, pooled, predictor, resident, train
+from eqst import batches, eq, features, learner, observe, pairs, pooled, predictor, resident
 
 RATE = 16000
 SETTINGS = {
@@ -187,7 +187,7 @@ def test_resident_batch_does_not_depend_on_the_devices(configure, little):
     results = []
     for count in (1, 4):
         devices = mesh.make_mesh(count)
-        constants = jax.device_put(held, mesh.Shardings.of(devices).params)
+        constants = jax.device_put(held, mesh.Shardings.of(devices).copied)
         numbers = mesh.global_batch(devices, np.arange(8, dtype=np.int32))
         see = jax.jit(lambda h, k: jax.vmap(lambda one: resident.pair(config, h, 0, one))(k))
         results.append(jax.tree.map(np.asarray, see(constants, numbers)))
@@ -207,9 +207,9 @@ def test_the_seed_is_no_part_of_the_compiled_step(configure, little):
 
         def step(state, k_B, held, config=config, normalisation=normalisation):
             seen = jax.vmap(lambda k: resident.pair(config, held, 0, k))(k_B)
-            return train.train_step(config, state, normalisation, batches.Seen(*seen))
+            return learner.train_step(config, state, normalisation, batches.Seen(*seen))
 
-        state = jax.eval_shape(functools.partial(train.init_state, config))
+        state = jax.eval_shape(functools.partial(learner.init_state, config))
         numbers = np.arange(4, dtype=np.int32)
         programs.append(jax.jit(step).lower(state, numbers, held).as_text())
         labels.append(pairs_of(config, held, 0, numbers)[2])

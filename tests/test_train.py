@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from eqst import batches, checkpoint, config, corpus, objective, pairs, train
+from eqst import (
+    batches,
+    checkpoint,
+    config,
+    corpus,
+    learner,
+    objective,
+    pairs,
+    record,
+    stopping,
+    train,
+)
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -113,19 +124,17 @@ def test_stopping_between_checkpoints_resumes_bitwise(configure, cache, tmp_path
     changes = {"data.cache_dir": str(cache), "model.dropout": 0.2, "train.log_every": 3}
     made = configure(TINY | POOLED | changes)
     train.train(made, tmp_path / "whole", silent)
-    real_check = train._check_finite
-    calls = []
+    real_add = record.Log.add
 
-    def stop_at_third(step, terms):
-        calls.append(step)
+    def stop_at_third(log, step, terms, waited):
         if step == 2:
             raise RuntimeError("the machine went away")
-        real_check(step, terms)
+        real_add(log, step, terms, waited)
 
-    monkeypatch.setattr(train, "_check_finite", stop_at_third)
+    monkeypatch.setattr(record.Log, "add", stop_at_third)
     with pytest.raises(RuntimeError, match="went away"):
         train.train(made, tmp_path / "cut", silent)
-    monkeypatch.setattr(train, "_check_finite", real_check)
+    monkeypatch.setattr(record.Log, "add", real_add)
     lines = []
     train.train(made, tmp_path / "cut", lines.append)
     assert any("resumed at step 2" in line for line in lines)
@@ -294,14 +303,14 @@ def test_a_wrong_setting_is_one_line(words, said, tmp_path):
 
 def test_a_parameter_that_is_not_finite_is_seen():
     tree = {"a": {"b": np.ones(3, np.float32)}, "c": np.zeros((2, 2), np.float32)}
-    assert bool(train.all_finite(tree))
+    assert bool(learner.all_finite(tree))
     for bad in (np.nan, np.inf):
         tree["c"][1, 0] = bad
-        assert not bool(train.all_finite(tree))
+        assert not bool(learner.all_finite(tree))
 
 
 def test_a_signal_between_the_stages_of_the_start_is_obeyed_there():
-    with train._Signals() as signals:
+    with stopping.Signals() as signals:
         signals.stop_early()  # nothing has come
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(train.Interrupted, match="SIGTERM"):

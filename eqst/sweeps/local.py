@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from eqst.record import clock
+from eqst.stopping import Interrupted
 from eqst.sweeps.members import Member
-from eqst.train import Interrupted
 
 TRIES = 2  # of a run that fails
 

@@ -14,7 +14,7 @@ import runpy
 from typing import Any, NamedTuple
 
 from eqst import card, config
-from eqst.train import FREE_KEYS, differing_keys
+from eqst.config import FREE_KEYS, differing_keys
 
 
 class Place(NamedTuple):

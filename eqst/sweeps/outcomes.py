@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eqst import card, command, comparison, config
+from eqst.config import differing_keys
 from eqst.sweeps.members import Member, result_settings, settings_hash
-from eqst.train import differing_keys
 
 VALID = "cross-validation"  # the column of errors on held-out train talkers
 # A run's own error on held-out train talkers is of the same pairs as another's unless these differ.

@@ -1,0 +1,240 @@
+"""The training loop: steps, their record, evaluation, checkpoints, and the end of all that.
+
+One program trains one run, or several that differ in `learner.KNOBS` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqst import batches, checkpoint, cost, learner, mesh, objective, predictor
+from eqst.config import Config
+from eqst.record import Log, Record
+from eqst.stopping import Interrupted, Signals
+
+
+class Member(NamedTuple):
+    """One of the runs that a program trains."""
+
+    config: Config
+    workdir: pathlib.Path
+    saved: checkpoint.Checkpoints
+
+
+class Ready(NamedTuple):
+    """What the loop works with, beside the state.
+
+    Attributes:
+      devices, rules, where: the mesh, its shardings, those of the state.
+      supply, valid: examples to train on, and fixed ones to judge by.
+      held_out: whether the latter are of other talkers.
+      take: (tree, i) -> the part of member i of a stacked tree.
+    """
+
+    devices: jax.sharding.Mesh
+    rules: mesh.Shardings
+    where: Any
+    supply: batches.Source
+    valid: batches.Weighed
+    held_out: bool
+    take: Callable[[Any, int], Any]
+
+
+def run(
+    members: list[Member],
+    signals: Signals,
+    say: Callable[[str], None],
+    ready: Ready,
+    state: learner.State,
+    normalisation: Any,
+) -> learner.State:
+    """Trains from where the state is to the end; `eqst.train` says what it raises.
+
+    Args:
+      members: the runs, in the order of the state's first axis where they are several.
+      signals: what this process is told meanwhile.
+      say: called with each line of progress.
+      ready: what the loop works with.
+      state, normalisation: as they were begun or restored.
+
+    Returns:
+      the final state.
+    """
+    config, stacked = members[0].config, len(members) > 1
+    steps, lengths = config.train.steps, len(config.data.segment_seconds)
+    start_step = step_of(state)
+    knobs = mesh.placed(ready.rules.own, learner.stacked_knobs([x.config for x in members]))
+
+    # That some process was told to stop comes out of the step as its loss does: the same for all.
+    @functools.partial(
+        jax.jit,
+        static_argnums=6,
+        donate_argnums=0,
+        out_shardings=(ready.where, ready.rules.copied, ready.rules.copied),
+    )
+    def step_once(
+        state: learner.State,
+        normalisation: Any,
+        batch: Any,
+        constants: Any,
+        knobs: learner.Knobs,
+        flag: Any,
+        which: int,
+    ) -> tuple[learner.State, objective.Terms, jax.Array]:
+        seen = ready.supply.see(batch, constants, which)
+        step = functools.partial(learner.train_step, config)
+        # A single run's numbers are constants of its program.
+        done = (
+            jax.vmap(step)(state, normalisation, seen, knobs)
+            if stacked
+            else step(state, normalisation, seen)
+        )
+        return *done, jnp.any(flag)
+
+    judge = functools.partial(learner.held_out_error_db, config)
+    each = jax.vmap if stacked else _as_it_is
+    evaluate = jax.jit(each(judge), out_shardings=ready.rules.copied)
+    finite = jax.jit(each(learner.all_finite), out_shardings=ready.rules.copied)
+
+    records = [Record(x.workdir, start_step, config.train.tensorboard, say) for x in members]
+    rates = [learner.learning_rate(config, x.config.train.learning_rate) for x in members]
+    log = Log(records, rates, steps, config.train.batch_size, objective.Terms, say)
+    # Steps not yet in a line of the record; at first those from before an interruption.
+    log.resume([x.saved.notes["unlogged"] if "unlogged" in x.saved.notes else [] for x in members])
+    name = "valid_shape_db" if ready.held_out else "train_exact_shape_db"
+    left_behind: dict[int, str] = {}
+
+    def check(step: int, losses: Any, what: str = "loss is {}") -> None:
+        """Leaves members behind whose number is not finite; the last of them ends the run."""
+        for i, value in enumerate(np.atleast_1d(losses)):
+            if not np.isfinite(value) and i not in left_behind:
+                left_behind[i] = _diverged(what.format(value), step)
+                if stacked:
+                    say(f"{members[i].workdir}: left behind, {left_behind[i]}")
+                log.drop(i)
+        if len(left_behind) == len(members):
+            raise FloatingPointError(next(iter(left_behind.values())))
+
+    notes = members[0].saved.notes
+    spent = cost.Spent(**notes["spent"]) if "spent" in notes else cost.Spent()
+    programs: dict[int, jax.stages.Compiled] = {}  # one for each segment length
+    profile = _Profile(members[0].workdir, config.train.profile_steps, say)
+    flags, asked = mesh.flags(ready.devices), np.asarray(False)
+    stream = ready.supply.stream(start_step)
+    accounted = time.monotonic()
+    for step in range(start_step, steps):
+        before = time.monotonic()
+        batch = next(stream)
+        waited = time.monotonic() - before
+        which = step % lengths
+        asked_before, flag = asked, flags[signals.received is not None]
+        given = (state, normalisation, batch, ready.supply.constants, knobs, flag)
+        if which not in programs:
+            compiling = time.monotonic()
+            programs[which] = step_once.lower(*given, which).compile()
+            step_cost = cost.of_step(programs[which])
+            say(cost.step_line(step_cost, time.monotonic() - compiling))
+        profile.before(step - start_step - lengths)
+        state, terms, asked = programs[which](*given)
+        # The step before is read while this one runs.
+        if log.pending:
+            check(log.pending[-1][0], log.pending[-1][1].loss)
+        leaving = bool(asked_before)
+        log.add(step, terms, waited)
+        done = step + 1
+        if done == start_step + lengths:  # compilation is no measure of the time left
+            jax.block_until_ready(state)
+            log.start_clock(done)
+        last = done == steps
+        profile.after(done - start_step - lengths, state)
+        now = time.monotonic()
+        spent = spent.plus(now - accounted, ready.devices.size / len(members), waited)
+        accounted = now
+        if done % config.train.log_every == 0 or last:
+            check(step, terms.loss)
+            log.write(done)
+        if done % config.train.eval_every == 0 or last:
+            check(step, terms.loss)
+            errors = np.atleast_1d(evaluate(state.ema, normalisation, ready.valid))
+            log.write_errors(done, name, errors)
+            for i in log.going:
+                tree = saved_tree(ready.take(state, i), ready.take(normalisation, i))
+                members[i].saved.save_best(done, tree["params"], float(errors[i]))
+        if done % config.train.checkpoint_every == 0 or last or leaving:
+            check(step, terms.loss)
+            ok = np.where(np.atleast_1d(finite(state.params)), 0.0, np.nan)
+            check(step, ok, "a parameter is not finite")
+            for i in log.going:
+                tree = saved_tree(ready.take(state, i), ready.take(normalisation, i))
+                facts = {"unlogged": log.unlogged(i), "spent": spent._asdict()}
+                members[i].saved.save(done, tree, facts)
+        if leaving and not last:
+            raise Interrupted(f"{signals.name()}: saved at step {done}; the same command resumes")
+    facts = cost.summary(
+        spent, step_cost, config.train.batch_size, list(ready.devices.devices.flat)
+    )
+    for i in log.going:
+        records[i].close(facts)
+    say(cost.summary_line(facts))
+    say(finished([members[i] for i in log.going]))
+    if left_behind:
+        raise FloatingPointError(
+            f"{len(left_behind)} of {len(members)} were left behind: "
+            + "; ".join(f"{members[i].workdir}: {why}" for i, why in left_behind.items())
+        )
+    return state
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+class _Profile:
+    """A trace of some of the first steps, once compiled ones, for TensorBoard or XProf."""
+
+    def __init__(self, workdir: pathlib.Path, steps: int, say: Callable[[str], None]) -> None:
+        self._folder, self._steps, self._say = workdir / "profile", steps, say
+
+    def before(self, number: int) -> None:
+        """Before the step of this number, counted from the first without compilation."""
+        if self._steps and number == 0 and jax.process_index() == 0:
+            jax.profiler.start_trace(self._folder)
+
+    def after(self, count: int, state: learner.State) -> None:
+        """After so many of them."""
+        if self._steps and count == self._steps and jax.process_index() == 0:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._say(f"profile of {count} steps: {self._folder} (tensorboard, or xprof)")
+
+
+def saved_tree(state: learner.State, normalisation: predictor.Normalisation) -> dict[str, Any]:
+    """What a checkpoint holds; `params` is what `checkpoint.load` finds in it."""
+    params = {"network": state.ema, "normalisation": normalisation._asdict()}
+    return {"params": params, "state": state._replace(ema={})}
+
+
+def step_of(state: learner.State) -> int:
+    """Steps that a state, stacked or not, has behind it."""
+    return int(np.asarray(state.step).flat[0])
+
+
+def finished(members: list[Member]) -> str:
+    """The last line of a run."""
+    return f"finished: {', '.join(str(member.workdir) for member in members)}"
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} at step {step}; the last checkpoint is from before it; lower train.learning_rate "
+        "or train.clip_norm and take another --workdir (--config.train.init_from=THIS_ONE starts "
+        "from its best weights)"
+    )

@@ -1,0 +1,214 @@
+"""Several processes as one: how they find each other, agree, and end together.
+
+One process per host, as a rule, runs the same program on its own devices: `join` makes them one,
+and from then on what is collective here is called by all of them, in the same order. JAX's
+multi-controller runtime is the engine; nothing here talks to another process but through it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import glob
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+# JAX itself reads the first of these alone.
+ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# A pod's hosts may start many minutes apart; a run that has lost one should not wait for long.
+START_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 1800, 55, 30
+# Our own look at whether all are there is quicker than JAX's heartbeat, and ends in a line.
+LOOK_SECONDS, LOST_SECONDS = 3.0, 30.0
+# Process 0 takes the others with it, so when it fails it gives them time to say why they do.
+LAST_WORDS_SECONDS = 2.0
+START_AGAIN = "start all of them again, they go on from the last checkpoint"
+
+Result = TypeVar("Result")
+
+
+def join() -> None:
+    """Makes this process one of several, where the environment says so; call it before all else.
+
+    - JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    - Slurm: a step of several tasks (`srun --ntasks=8 ..`). A single task on a node gets all GPUs
+      of its allocation there; with several, task i of a node gets GPU i.
+    - Cloud TPU, as a VM or in GKE: JAX finds the hosts of the slice.
+
+    Otherwise it does nothing. On a CPU the processes talk by gloo, JAX's default. A process that
+    dies takes the others with it within a minute (see `_watch`).
+
+    Raises:
+      ValueError: some of the three variables are set and not all, or they are no such numbers; the
+        cluster cannot be joined.
+    """
+    options: dict[str, Any] | None = _explicit()
+    if options is None:
+        options = _slurm()
+    if options is None and _on_tpu():
+        options = {}
+    if options is None:
+        return
+    try:
+        jax.distributed.initialize(
+            **options,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the processes do not find each other ({str(error).splitlines()[0][:200]}): set "
+            f"{', '.join(ENVIRONMENT)} on each, or unset what names a cluster"
+        ) from None
+    if jax.process_count() > 1:
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def _explicit() -> dict[str, Any] | None:
+    """What the three variables say; None without any of them."""
+    given = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
+    if not given:
+        return None
+    absent = [name for name in ENVIRONMENT if name not in given]
+    if absent:
+        raise ValueError(
+            f"{', '.join(given)} is set and {', '.join(absent)} is not: set all or none"
+        )
+    address, *numbers = given.values()
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}: give host:port of process 0")
+    if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+        raise ValueError(
+            f"JAX_PROCESS_ID is {numbers[1]!r} of JAX_NUM_PROCESSES {numbers[0]!r}: the processes "
+            "are numbered from 0"
+        )
+    return {
+        "coordinator_address": address,
+        "num_processes": int(numbers[0]),
+        "process_id": int(numbers[1]),
+        # Else JAX looks for a cluster all the same, and in Slurm takes all GPUs but one away.
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _slurm() -> dict[str, Any] | None:
+    """A Slurm step of several tasks; a batch script without srun has no step, and is alone."""
+    environ = os.environ
+    if "SLURM_STEP_NODELIST" not in environ or int(environ.get("SLURM_NTASKS", "1")) < 2:
+        return None
+    options: dict[str, Any] = {"cluster_detection_method": "slurm"}
+    alone = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if alone and environ.get("SLURM_GPUS_ON_NODE", "").isdecimal():
+        options["local_device_ids"] = list(range(int(environ["SLURM_GPUS_ON_NODE"])))
+    return options
+
+
+def _on_tpu() -> bool:
+    """Whether this is a host of a TPU; looked for without starting anything."""
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
+
+
+def _watch() -> None:
+    """Ends this process, with one line, when another has not been heard of for LOST_SECONDS.
+
+    JAX's own heartbeat does so too, with a page of C++ frames; where a process waits for numbers of
+    a lost one, gloo may raise before either. Every process counts up in the coordination service of
+    process 0, which alone reads the counts, so that a pod of a thousand hosts costs it a thousand
+    small requests each time; the others read whom it misses.
+    """
+    from jax._src import distributed  # there is no public name for it
+
+    client, me = distributed.global_state.client, jax.process_index()
+    assert client is not None
+    heard = dict.fromkeys(map(str, range(jax.process_count())), ("", time.monotonic()))
+    for count in itertools.count():
+        time.sleep(LOOK_SECONDS)
+        try:
+            client.key_value_set(f"eqst/alive/{me}", str(count), allow_overwrite=True)
+            if me == 0:
+                for key, value in client.key_value_dir_get("eqst/alive/"):
+                    name = key.rpartition("/")[2]
+                    if heard[name][0] != value:
+                        heard[name] = (value, time.monotonic())
+                late = time.monotonic() - LOST_SECONDS
+                lost = [name for name, (_, when) in heard.items() if when < late]
+                for name in lost:
+                    client.key_value_set(f"eqst/lost/{name}", "")
+            else:
+                lost = [key.rpartition("/")[2] for key, _ in client.key_value_dir_get("eqst/lost/")]
+        except Exception:  # the service has ended, or ends: JAX says so
+            return
+        if lost:
+            os.write(2, f"process {lost[0]} is gone: {START_AGAIN}\n".encode())
+            time.sleep(2 * LOOK_SECONDS if me == 0 else 0.0)  # the others read it from process 0
+            os._exit(1)
+
+
+def part() -> None:
+    """Lets this process end by itself, for one that has failed.
+
+    JAX would wait minutes for the others to end too, and then abort with a page of C++ frames.
+    """
+    if jax.distributed.is_initialized():
+        atexit.register(_end)
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(LAST_WORDS_SECONDS)
+    os._exit(1)
+
+
+def together(act: Callable[[], Result], *kinds: type[Exception]) -> Result:
+    """`act()` on every process; where it fails on one it fails on all, and none is left waiting.
+
+    Args:
+      act: must not wait for other processes itself.
+      kinds: the errors that may come of one process alone; the first is raised on the others.
+    """
+    if jax.process_count() == 1:
+        return act()
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = act()
+    except kinds as error:
+        failure = error
+    failed = np.flatnonzero(gathered(int(failure is not None)))
+    if failure is not None:
+        raise failure
+    if len(failed):
+        raise kinds[0](f"process {failed[0]} of {jax.process_count()} failed and says why")
+    return result
+
+
+def gathered(number: int) -> np.ndarray:
+    """[processes] int32: every process's number, in their order."""
+    if jax.process_count() == 1:
+        return np.array([number], np.int32)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(np.int32(number)))
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array that may be split over processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,51 @@
+"""How a run is told to stop, and how it says that it did: saved, and ready to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from eqst import processes
+
+EXIT_INTERRUPTED = 75
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived and the state is saved."""
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+class Signals:
+    """Remembers SIGTERM and SIGINT; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop_early(self) -> None:
+        """Between the stages of the start: leaves if any process was told to; nothing is new."""
+        if processes.gathered(int(self.received is not None)).any():
+            raise Interrupted(f"{self.name()}: stopped before training; the same command goes on")
+
+    def name(self) -> str:
+        """What this process was told to stop by; it may have been another that was."""
+        return self.received or "another process was stopped"
+
+    def _remember(self, number: int, _: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        if number == signal.SIGINT and os.isatty(2):  # a person waits, for a compilation perhaps
+            os.write(2, b"SIGINT: saving after this step; once more ends at once\n")

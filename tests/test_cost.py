@@ -1,0 +1,99 @@
+"""What a run says of its own cost: counts of known programs, and the times of real runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import POOLED, TINY, losses, silent
+
+from eqst import cost, train
+
+
+def test_flops_and_bytes_of_a_known_program() -> None:
+    m, n, k = 64, 48, 32
+    a, b = jnp.ones((m, k)), jnp.ones((k, n))
+    found = cost.of_step(jax.jit(lambda a, b: a @ b).lower(a, b).compile())
+    assert found.flops == pytest.approx(2 * m * n * k, rel=0.02)
+    assert found.held_bytes == 4 * (m * k + k * n)
+    assert found.working_bytes is not None and found.working_bytes >= 4 * m * n
+
+
+def test_what_is_donated_is_counted_once() -> None:
+    big = jnp.ones(100_000)
+    program = jax.jit(lambda x: x + 1.0, donate_argnums=0).lower(big).compile()
+    found = cost.of_step(program)
+    assert found.held_bytes == 400_000
+    assert found.working_bytes is not None and found.working_bytes < 1000
+
+
+class Chip:
+    """Stands for a device of that name."""
+
+    def __init__(self, kind: str) -> None:
+        """A name is all that is asked for."""
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    "kind, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_of_the_right_chip(kind: str, tera: float | None) -> None:
+    chip: Any = Chip(kind)
+    assert cost.peak_flops(chip) == (None if tera is None else tera * 1e12)
+
+
+def test_the_summary_is_arithmetic_of_what_was_spent() -> None:
+    chips: list[Any] = [Chip("TPU v4")] * 4
+    spent = cost.Spent(seconds=100.0, device_seconds=400.0, waited=5.0, steps=50)
+    facts = cost.summary(spent, cost.StepCost(2.75e12, 1, 1), 64, chips)
+    assert facts["device_hours"] == pytest.approx(400 / 3600)
+    assert facts["pairs_per_s"] == pytest.approx(32.0)
+    assert facts["input_wait"] == pytest.approx(0.05)
+    assert facts["share_of_peak"] == pytest.approx(2.75e12 * 0.5 / 275e12)
+    line = cost.summary_line(facts)
+    assert "50 steps in 1:40: 0.11 device-hours (4 x TPU v4), 32 pairs/s" in line
+    assert "1,375.0 GFLOP/s a device (0.5% of its peak in bf16)" in line
+    unknown = cost.summary(spent, cost.StepCost(None, None, None), 64, chips)
+    assert unknown["share_of_peak"] is None and "FLOP" not in cost.summary_line(unknown)
+
+
+@pytest.mark.long
+def test_a_run_says_what_it_costs_and_leaves_its_profile(configure, tmp_path: Path) -> None:
+    lines: list[str] = []
+    changes = TINY | POOLED | {"data.cache_dir": str(tmp_path / "cache"), "train.devices": 2}
+    profiled = changes | {"train.profile_steps": 2}
+
+    def stop_at_4(line: str) -> None:
+        lines.append(line)
+        if line.startswith("step 4/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(configure(profiled), tmp_path / "run", stop_at_4)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train.train(configure(changes), tmp_path / "run", lines.append)
+    assert sum(line.startswith("a step, on a device: ") for line in lines) == 2
+    assert any("resumed at step 2 of 6" in line for line in lines)
+    facts = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # The first two steps and their time come from the checkpoint.
+    assert facts["steps"] == 6 and facts["devices"] == 2
+    assert facts["device_hours"] == pytest.approx(2 * facts["seconds"] / 3600)
+    assert facts["pairs_per_s"] == pytest.approx(6 * 8 / facts["seconds"])
+    assert 0.0 <= facts["input_wait"] < 1.0 and facts["step_gflop_per_device"] > 0
+    assert lines[-2].startswith("6 steps in ")
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 10_000
+    # Neither profiling nor stopping is seen in what was learnt.
+    train.train(configure(changes), tmp_path / "whole", silent)
+    np.testing.assert_array_equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))

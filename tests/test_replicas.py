@@ -1,0 +1,172 @@
+"""Several runs as one program: each is what it would have been alone."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_train import POOLED, TINY, losses, silent
+
+from eqst import checkpoint, config, mesh, recipes, train
+
+# Rounding alone: sums in another order, in products of several members at once.
+SAME_PARAMS, SAME_CURVE = 1e-4, 1e-4
+
+MEMBERS = (
+    {"seed": 0},
+    {"seed": 1, "train.learning_rate": 2e-3},
+    {"seed": 2, "loss.parameters": 0.0, "train.weight_decay": 0.1},
+    {"seed": 0, "loss.response": 0.0, "train.clip_norm": 0.1, "train.ema_decay": 0.5},
+)
+MEL = {"data.rendering": "device", "features.mel_bands": 16, "model.dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def settings(cache: Path, *changes: dict) -> config.Config:
+    made = recipes.paper()
+    for change in (TINY, {"data.cache_dir": str(cache), "train.devices": 1}, *changes):
+        made.update_from_flattened_dict(change)
+    return config.validate(made)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Parameters and every figure of the record, but the times."""
+    for which in ("last", "best"):
+        a, b = (checkpoint.load(folder, which=which) for folder in (one, other))
+        assert a.step == b.step
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=SAME_PARAMS, atol=SAME_PARAMS),
+            a.params,
+            b.params,
+        )
+    rows = [
+        [json.loads(line) for line in (x / "metrics.jsonl").read_text().splitlines()]
+        for x in (one, other)
+    ]
+    for left, right in zip(*rows, strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"pairs_per_s", "input_wait"}:
+            np.testing.assert_allclose(right[name], left[name], rtol=SAME_CURVE, err_msg=name)
+    cards = [json.loads((folder / "config.json").read_text()) for folder in (one, other)]
+    for card in cards:
+        del card["config"]["train"]["devices"], card["sha256"]
+    assert cards[0] == cards[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("variant", [POOLED, MEL], ids=["pooled", "mel-dropout"])
+def test_members_of_one_program_are_what_they_are_alone(variant, devices, cache, tmp_path):
+    configs = [settings(cache, variant, x, {"train.devices": devices}) for x in MEMBERS]
+    folders = [tmp_path / f"together/{i}" for i in range(len(MEMBERS))]
+    lines: list[str] = []
+    state = train.train_together(configs, folders, lines.append)
+    assert all(leaf.shape[0] == len(MEMBERS) for leaf in jax.tree.leaves(state))
+    assert any("4 of them in one program" in line for line in lines)
+    for i, own in enumerate(MEMBERS):
+        alone = tmp_path / f"alone/{i}"
+        train.train(settings(cache, variant, own), alone, silent)
+        assert_same_run(alone, folders[i])
+    first, second = (losses(folder) for folder in folders[:2])
+    assert not np.allclose(first, second, rtol=0.01)
+
+
+def test_members_lie_apart_before_they_share_devices():
+    shapes = {
+        members: dict(mesh.make_mesh(4, members=members).shape) for members in (1, 2, 3, 4, 6, 8)
+    }
+    replicas = {members: shape["replica"] for members, shape in shapes.items()}
+    assert replicas == {1: 1, 2: 2, 3: 1, 4: 4, 6: 2, 8: 4}
+    assert all(x["replica"] * x["data"] == 4 for x in shapes.values())
+    both = mesh.make_mesh(4, fsdp=2, members=4)
+    assert dict(both.shape) == {"replica": 2, "data": 1, "fsdp": 2}
+    # All members see the same example numbers.
+    batch = mesh.global_batch(both, np.arange(4))
+    assert [x.data.tolist() for x in batch.addressable_shards] == [[0, 1], [2, 3]] * 2
+
+
+@pytest.mark.long
+def test_what_was_stopped_together_goes_on_alone_and_the_other_way_round(cache, tmp_path):
+    configs = [settings(cache, POOLED, x) for x in MEMBERS[:2]]
+    whole = [tmp_path / f"whole/{i}" for i in range(2)]
+    for made, folder in zip(configs, whole, strict=True):
+        train.train(made, folder, silent)
+
+    def stop(line: str) -> None:
+        if line.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folders = [tmp_path / f"down/{i}" for i in range(2)]
+    with pytest.raises(train.Interrupted, match="saved at step"):
+        train.train_together(configs, folders, stop)
+    for made, folder, wanted in zip(configs, folders, whole, strict=True):
+        train.train(made, folder, silent)
+        assert_same_run(wanted, folder)
+
+    folders = [tmp_path / f"up/{i}" for i in range(2)]
+    for made, folder in zip(configs, folders, strict=True):
+        with pytest.raises(train.Interrupted):
+            train.train(made, folder, stop)
+    lines: list[str] = []
+    train.train_together(configs, folders, lines.append)
+    assert any(line.startswith("resumed at step") for line in lines)
+    for wanted, folder in zip(whole, folders, strict=True):
+        assert_same_run(wanted, folder)
+
+
+@pytest.mark.long
+def test_members_that_were_killed_between_their_saves_go_on_from_the_step_they_share(
+    cache, tmp_path
+):
+    import shutil
+
+    configs = [settings(cache, POOLED, x) for x in MEMBERS[:2]]
+    folders = [tmp_path / f"run/{i}" for i in range(2)]
+    train.train_together(configs, folders, silent)
+    again = [tmp_path / f"again/{i}" for i in range(2)]
+    for folder, copy in zip(folders, again, strict=True):
+        shutil.copytree(folder, copy)
+    shutil.rmtree(again[1] / "checkpoints/last/6")  # the other has 4 and 6
+    lines: list[str] = []
+    train.train_together(configs, again, lines.append)
+    assert "resumed at step 4 of 6" in lines
+    for folder, copy in zip(folders, again, strict=True):
+        assert_same_run(folder, copy)
+    shutil.rmtree(again[1] / "checkpoints/last/6")
+    shutil.rmtree(again[0] / "checkpoints/last/4")
+    with pytest.raises(config.ConfigError, match="have none in common"):
+        train.train_together(configs, again, silent)
+
+
+@pytest.mark.long
+def test_a_member_that_diverges_is_left_behind_alone(cache, tmp_path):
+    longer = {"train.steps": 40, "train.warmup_steps": 0}
+    wild = {"seed": 1, "train.weight_decay": 9.0, "train.learning_rate": 9.0}  # w <- -80 w
+    configs = [settings(cache, POOLED, longer, x) for x in (MEMBERS[0], wild)]
+    folders = [tmp_path / f"run/{i}" for i in range(2)]
+    lines: list[str] = []
+    with pytest.raises(FloatingPointError, match="1 of 2 were left behind: .*run/1: "):
+        train.train_together(configs, folders, lines.append)
+    assert sum("left behind" in line for line in lines) == 1
+    assert (folders[0] / "summary.json").exists() and not (folders[1] / "summary.json").exists()
+    assert all(np.isfinite(losses(folders[1])))
+    train.train(configs[0], tmp_path / "alone", silent)
+    assert_same_run(tmp_path / "alone", folders[0])
+
+
+def test_members_that_cannot_share_a_program_are_refused(cache, tmp_path):
+    one = settings(cache, POOLED)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(config.ConfigError, match="differ in model.hidden: 16 -> 8: they may in"):
+        train.train_together([one, settings(cache, POOLED, {"model.hidden": 8})], folders, silent)
+    pair = [settings(cache, MEL, {"data.pipeline": "tfdata"}, {"seed": seed}) for seed in (0, 1)]
+    with pytest.raises(config.ConfigError, match="pipeline=resident"):
+        train.train_together(pair, folders, silent)
+    assert list(tmp_path.iterdir()) == []
