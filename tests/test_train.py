@@ -162,8 +162,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(configure, cache, tmp_pat
     made = configure(TINY | POOLED | {"data.cache_dir": str(cache)})
     real = objective.pair_terms
 
-    def poisoned(settings, prediction, label_KP):
-        terms = real(settings, prediction, label_KP)
+    def poisoned(settings, prediction, label_KP, weights):
+        terms = real(settings, prediction, label_KP, weights)
         # The label of example 8 * 4 + 1 (step 4) makes the loss NaN.
         return terms._replace(loss=jax.numpy.where(label_KP[0, 0] == poison, np.nan, terms.loss))
 
