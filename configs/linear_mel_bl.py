@@ -15,5 +15,6 @@ def get_config():
     settings.features.scale = "linear"
     settings.model.comparison = "subtract"
     settings.features.normalise = False  # linear features are better as they are
-    settings.train.learning_rate = 1e-3  # the only one it has been measured with
+    # With normalised features three times as much is no better (-0.05 dB, not clear).
+    settings.train.learning_rate = 1e-3
     return settings
