@@ -21,6 +21,7 @@ ORDER = (
         "files",
         "command",
         "processes",
+        "stopping",
         "mesh",
         "card",
         "seal",
