@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from eqst import (
@@ -198,7 +198,7 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
 
     Args:
       config: checked settings.
-      workdir: the run's folder; its only state.
+      workdir: the run's folder, or its address in a bucket (gs://..); its only state.
       say: called with each line of progress.
 
     Returns:
@@ -209,7 +209,7 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
       FloatingPointError: the loss is not finite; the message has the step.
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     if jax.process_index() > 0:
         say = _nothing
     plain = json.loads(json.dumps(as_dict(config)))  # as the card has it
@@ -231,7 +231,7 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
 
 def _run(
     config: Config,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     saved: checkpoint.Checkpoints,
     signals: _Signals,
     say: Callable[[str], None],
@@ -358,6 +358,7 @@ def _run(
             _check_finite(step, terms)
             if not all_finite(state.params):
                 raise FloatingPointError(_diverged("a parameter is not finite", step))
+            record.flush()
             unlogged = [[step, [float(x) for x in terms]] for step, terms in pending]
             saved.save(done, _saved_tree(state, normalisation), {"unlogged": unlogged})
         if leaving and not last:
