@@ -80,7 +80,7 @@ upload() {
 
 # A Spot VM that is taken back says so half a minute before: the command saves and leaves.
 watch_preemption() {
-  while sleep 5; do
+  while sleep 5 && kill -0 "$1" 2>/dev/null; do
     if [ "$(curl -s --max-time 4 -H 'Metadata-Flavor: Google' "$metadata/preempted")" = TRUE ]; then
       touch "$home/job.preempted"
       kill -TERM "$1" 2>/dev/null
@@ -99,15 +99,15 @@ run() {
   # shellcheck disable=SC2064
   trap "kill -TERM $child 2>/dev/null" TERM
   watch_preemption "$child" &
-  while sleep 300; do upload "$log"; done &
+  while sleep 300 && kill -0 "$child" 2>/dev/null; do upload "$log"; done &
   while :; do
     wait "$child"
     code=$?
     kill -0 "$child" 2>/dev/null || break
   done
   kill -KILL -- "-$child" 2>/dev/null # what it left: a TPU serves one program at a time
-  # shellcheck disable=SC2046
-  kill $(jobs -p) 2>/dev/null
+  trap '' TERM
+  kill -TERM -- "-$$" # the two above, and what they wait in
   if [ "$code" != 0 ] && [ -f "$home/job.preempted" ]; then
     code=75
   fi

@@ -513,6 +513,44 @@ def test_a_run_that_is_no_more_asked_for_is_stopped(world: World) -> None:
     assert not world.cloud.wrong
 
 
+def test_while_one_is_not_heard_of_no_other_gets_its_run(world: World) -> None:
+    """Killed while both were at work, and one does not answer when the command is given again."""
+    world.cloud.work = dict.fromkeys(("f/level/0", "f/level/1"), 3000.0)
+    world.events.append((400, lambda: setattr(world, "dead", True)))
+    with pytest.raises(Killed):
+        world.sweep(jobs=2)
+    first = {job["member"]: name for name in (FIRST, SECOND) for job in world.cloud.running(name)}
+    assert set(first) == {"f/level/0", "f/level/1"}
+    world.cloud.work["f/level/0"] = 0.0  # its run ends, and FIRST is free for another
+    world.cloud.requests[FIRST]["hosts"][0]["job"]["end"] = world.cloud.now
+    until = world.cloud.now + 200
+
+    def hook(command, positional):
+        deaf = command == ("tpu-vm", "ssh") and positional == [SECOND] and world.cloud.now < until
+        return (255, "", "Connection timed out") if deaf else None
+
+    world.cloud.hooks.append(hook)
+    assert world.sweep(jobs=2) == []
+    assert world.finished() and world.cloud.made == 2
+
+
+def test_a_request_that_nobody_lists_yet_is_deleted_too(world: World) -> None:
+    """Stopped after a creation that took effect, though the answer was an error."""
+
+    def hook(command, positional):
+        if command[1] == "create":
+            world.cloud._queued_resources_create(positional, {"--accelerator-type": "v5p-16"})
+            return 1, "", "UNAVAILABLE"
+        return (0, "[]", "") if command[1] == "list" else None
+
+    world.cloud.hooks.append(hook)
+    world.stops = [1]
+    with pytest.raises(Interrupted):
+        world.sweep()
+    world.cloud.forget()
+    assert world.cloud.made == 1 and not world.cloud.requests
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_at_every_single_command(tmp_path: Path, before: bool) -> None:
     """kill -9 before and after each of them took effect; then the same command, to its end."""

@@ -391,7 +391,7 @@ def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
         while left := [name for name in left if cloud.request(name) is not None]:
             if time.now() > end:
                 raise PersonNeeded("they are still there")
-            time.pause(10.0)
+            time.pause(5.0)
             # One that was suspended or failed meanwhile may have let the first call pass.
             for name in left:
                 entry = cloud.request(name)
