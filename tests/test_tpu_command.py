@@ -338,6 +338,7 @@ def test_sigterm_saves_deletes_and_the_same_command_goes_on(place: Place) -> Non
     assert second.returncode == 1 and "is in use by process" in second.stderr
     sweep.send_signal(signal.SIGTERM)
     rest = sweep.stdout.read()
+    sweep.stdout.close()
     assert sweep.wait(60) == 75 and "SIGTERM: the same command goes on" in rest, rest
     assert not place.left()
     logs = list((place.bucket / "bucket" / "sweep").rglob("logs/*.txt"))
