@@ -50,10 +50,14 @@ QUOTA = (
 
 def parse(words: list[str]) -> tuple[tuple[str, str], list[str], dict[str, list[str]]]:
     """The command, its positional words and its options; ValueError as gcloud's usage errors."""
+    alpha = words[1:2] == ["alpha"]
+    words = [words[0], *words[2:]] if alpha else words
     if tuple(words[:3]) != TPUS or tuple(words[3:5]) not in GRAMMAR:
         raise ValueError(f"Invalid choice: {words[:5]}")
     command = (words[3], words[4])
     count, known = GRAMMAR[command]
+    if alpha and command in (("tpu-vm", "ssh"), ("tpu-vm", "scp")):
+        known = known | {"--tunnel-through-iap": False, "--batch-size": True}
     positional, options = [], {}
     for word in words[5:]:
         name, equals, value = word.partition("=")

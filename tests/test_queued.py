@@ -617,6 +617,9 @@ def test_every_command_is_as_launch_md_has_it(world: World, capsys) -> None:
     assert "--internal-ip" in gcloud.copy_words(more, "a", ["f"])
     for words in (gcloud.create_words(more, "a"), gcloud.ssh_words(more, "a", "ls")):
         fake_gcloud.parse(words)
+    tunnel = SITE._replace(ssh=("--tunnel-through-iap", "--batch-size=all"))
+    for words in (gcloud.copy_words(tunnel, "a", ["f"]), gcloud.ssh_words(tunnel, "a", "ls")):
+        assert fake_gcloud.parse(words) and words[1] == "alpha"
     with pytest.raises(ValueError, match="unrecognized"):
         fake_gcloud.parse([*gcloud.ssh_words(more, "a", "ls"), "--batch-size=all"])
 

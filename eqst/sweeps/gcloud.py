@@ -1,9 +1,8 @@
 """Cloud TPU by the program gcloud: the words of each command, and what its answers mean.
 
-A request is a queued resource with one node of the same name. Only what all releases of gcloud have
-is used (of `tpu-vm ssh` neither --batch-size nor --tunnel-through-iap, which are alpha's), and no
-command of ours waits on a host for longer than it takes to start something there, so that neither
-a dropped connection nor a pod of more hosts than gcloud serves at a time matters.
+A request is a queued resource with one node of the same name. No command of ours waits on a host
+for longer than it takes to start something there, so that neither a dropped connection nor a pod of
+more hosts than gcloud serves at a time matters (--batch-size of `tpu-vm ssh` is alpha's alone).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 ASK_SECONDS, DO_SECONDS, COPY_SECONDS = 120.0, 300.0, 900.0  # a command may take
 TRIES = 6  # of a command that fails in a way that is not known to pass by itself
 PAUSES_SECONDS = (5, 10, 20, 40, 80, 160, 300)
-# The command each kind of TPU boots with (Cloud TPU, "TPU software versions").
+# What each kind of TPU boots with (Cloud TPU, "TPU software versions").
 RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
     "v5litepod": "v2-alpha-tpuv5-lite",
@@ -134,15 +133,21 @@ def node_words(site: Site, name: str) -> list[str]:
 
 def ssh_words(site: Site, name: str, command: str) -> list[str]:
     """Runs a shell line on all hosts of a TPU."""
-    words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *_where(site), "--worker=all"]
+    words = [*_hosts(site), "ssh", name, *_where(site), "--worker=all"]
     alive = ["--ssh-flag=-o ConnectTimeout=20", "--ssh-flag=-o ServerAliveInterval=30"]
     return [*words, *alive, *site.ssh, f"--command={command}"]
 
 
 def copy_words(site: Site, name: str, files: list[str]) -> list[str]:
     """Copies files to the home of all hosts."""
-    words = ["gcloud", "compute", "tpus", "tpu-vm", "scp", *files, f"{name}:"]
+    words = [*_hosts(site), "scp", *files, f"{name}:"]
     return [*words, *_where(site), "--worker=all", *site.ssh]
+
+
+def _hosts(site: Site) -> list[str]:
+    """What speaks to hosts; the tunnel to those without an external address is alpha's alone."""
+    track = ["alpha"] if "--tunnel-through-iap" in site.ssh else []
+    return ["gcloud", *track, "compute", "tpus", "tpu-vm"]
 
 
 def _requests(action: str, site: Site, *name: str) -> list[str]:
