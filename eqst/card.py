@@ -174,7 +174,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this clone, with "+changes" where files differ from it, or "unknown"."""
+    """The commit of this clone, with "+changes" where files differ from it, or "unknown".
+
+    EQST_COMMIT says it where the clone was shipped without its history.
+    """
+    if os.environ.get("EQST_COMMIT"):
+        return os.environ["EQST_COMMIT"]
     here = pathlib.Path(__file__).resolve()
 
     def git(*words: str) -> str:

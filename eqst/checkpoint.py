@@ -125,8 +125,8 @@ class Checkpoints:
     ) -> None:
         if self._lock is None:
             return
-        # Of a run that was refused nothing stays.
-        with contextlib.suppress(OSError):
+        # Of a run that was refused nothing stays. (A folder that is not empty is a ValueError.)
+        with contextlib.suppress(OSError, ValueError):
             if self._made and [x.name for x in self._folder.iterdir()] == [LOCK_NAME]:
                 (self._folder / LOCK_NAME).unlink()
                 for folder in self._made:

@@ -6,7 +6,6 @@ One program trains one run, or several that differ in `learner.KNOBS` alone.
 from __future__ import annotations
 
 import functools
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from eqst import batches, checkpoint, cost, learner, mesh, objective, predictor
 from eqst.config import Config
@@ -25,7 +25,7 @@ class Member(NamedTuple):
     """One of the runs that a program trains."""
 
     config: Config
-    workdir: pathlib.Path
+    workdir: epath.Path
     saved: checkpoint.Checkpoints
 
 
@@ -173,6 +173,7 @@ def run(
             ok = np.where(np.atleast_1d(finite(state.params)), 0.0, np.nan)
             check(step, ok, "a parameter is not finite")
             for i in log.going:
+                records[i].flush()
                 tree = saved_tree(ready.take(state, i), ready.take(normalisation, i))
                 facts = {"unlogged": log.unlogged(i), "spent": spent._asdict()}
                 members[i].saved.save(done, tree, facts)
@@ -200,7 +201,7 @@ def _as_it_is(function: Callable) -> Callable:
 class _Profile:
     """A trace of some of the first steps, once compiled ones, for TensorBoard or XProf."""
 
-    def __init__(self, workdir: pathlib.Path, steps: int, say: Callable[[str], None]) -> None:
+    def __init__(self, workdir: epath.Path, steps: int, say: Callable[[str], None]) -> None:
         self._folder, self._steps, self._say = workdir / "profile", steps, say
 
     def before(self, number: int) -> None:

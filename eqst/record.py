@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pathlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,9 @@ from etils import epath
 
 from eqst.card import MAKE_ROOM, METRICS_NAME, read_metrics, to_json, write_whole
 from eqst.config import ConfigError
-from eqst.files import write_text
+
+# What is in a bucket cannot be appended to, and may be written once a second.
+FLUSH_SECONDS = 30.0
 
 SUMMARY_NAME = "summary.json"
 
@@ -23,10 +25,17 @@ class Record:
     """A run's record; only the first process writes and speaks."""
 
     def __init__(
-        self, workdir: pathlib.Path, step: int, tensorboard: bool, say: Callable[[str], None]
+        self,
+        workdir: str | os.PathLike[str],
+        step: int,
+        tensorboard: bool,
+        say: Callable[[str], None],
     ):
         """Takes up the record at `step`: what was written past it will be written again."""
-        self._path = workdir / METRICS_NAME
+        self._path = epath.Path(workdir) / METRICS_NAME
+        self._appends = "://" not in os.fspath(self._path)
+        self._lines: list[str] = []  # in a bucket: the whole record, of which some is not there yet
+        self._flushed = time.monotonic()
         self._board = None
         if tensorboard:
             try:
@@ -42,23 +51,29 @@ class Record:
             rows, strange = read_metrics(self._path)
             if strange:
                 say(f"{self._path}: dropped {strange} line(s) that are no record of a step")
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-            write_text(self._path, kept, overwrite=True)
+            self._lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+            self._rewrite()
         if tensorboard:
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
+            self._board = SummaryWriter(str(self._path.parent / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds a line to metrics.jsonl: the step, and what was measured there."""
         if not self._writes:
             return
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise OSError(
-                f"{self._path} cannot be written ({error.strerror}): {MAKE_ROOM}; the same command "
-                "goes on from the last checkpoint"
-            ) from None
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._appends:
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise OSError(
+                    f"{self._path} cannot be written ({error.strerror}): {MAKE_ROOM}; the same "
+                    "command goes on from the last checkpoint"
+                ) from None
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -66,7 +81,18 @@ class Record:
     def close(self, summary: dict[str, Any]) -> None:
         """Writes what the finished run took beside its record: summary.json."""
         if self._writes:
-            write_whole(epath.Path(self._path).parent / SUMMARY_NAME, to_json(summary))
+            self.flush()
+            write_whole(self._path.parent / SUMMARY_NAME, to_json(summary))
+
+    def flush(self) -> None:
+        """Has everything written so far stand in the file; before each checkpoint, which counts
+        on the lines before it."""
+        if self._writes and not self._appends:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        write_whole(self._path, "".join(self._lines))
+        self._flushed = time.monotonic()
 
 
 class Log:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import signal
 import sys
 import zlib
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from eqst import (
@@ -51,7 +51,7 @@ def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None]
 
     Args:
       config: checked settings.
-      workdir: the run's folder; its only state.
+      workdir: the run's folder, or its address in a bucket (gs://..); its only state.
       say: called with each line of progress.
 
     Returns:
@@ -91,7 +91,7 @@ def train_together(
     _check_one_program(plain)
     if len(set(processes.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
         raise ConfigError("the processes were started with different settings: give all the same")
-    folders = [pathlib.Path(workdir) for workdir in workdirs]
+    folders = [epath.Path(workdir) for workdir in workdirs]
     for folder, own in zip(folders, plain, strict=True):
         _check_same_run(folder, own)
     with contextlib.ExitStack() as stack, Signals() as signals:
@@ -116,7 +116,7 @@ def _check_one_program(plain: list[dict]) -> None:
         raise ConfigError("members of one program need --config.data.pipeline=resident")
 
 
-def _check_same_run(workdir: pathlib.Path, plain: dict) -> None:
+def _check_same_run(workdir: epath.Path, plain: dict) -> None:
     """Refuses a workdir of other settings."""
     card = checkpoint.find_card(workdir)
     if card is None:

@@ -1,8 +1,11 @@
 """launch/sweep.py: what it expands to, that it goes on, that one failure takes no other down."""
 
+import csv
 import dataclasses
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -306,3 +309,32 @@ def test_a_sweep_that_is_killed_or_stopped_goes_on(
     assert wait_for(r"resumed at step (\d+)") == step
     assert log.read_text().count("saved at step") == 2
     assert not (tmp_path / "w/head/grid/0/heldout").exists()
+
+
+@pytest.mark.long
+def test_a_member_of_two_processes(repo: Path, tmp_path: Path, config_file: Path) -> None:
+    """What each host of a TPU is told to run: one training, one evaluation written by one."""
+    words = ["launch/sweep.py", f"--config={config_file}", "--member=head/grid/0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    two = [
+        subprocess.Popen(
+            [sys.executable, *words, f"--workdir={tmp_path / 'two'}"], cwd=repo, text=True,
+            env=os.environ | own | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+    assert "2 cpu device(s)" in said[0] and said[1] == ""
+    one = run(repo, *words[1:], f"--workdir={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    errors = []
+    for name in ("one", "two"):
+        with open(tmp_path / name / "head/grid/0/heldout/errors.csv", newline="") as file:
+            errors.append([float(row["shape_rmse_db"]) for row in csv.DictReader(file)])
+    assert len(errors[0]) == 16  # two protocols of eight pairs
+    assert np.allclose(*errors, atol=0.02)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pathlib
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from eqst import card, command, comparison, config
 from eqst.config import differing_keys
@@ -36,17 +38,16 @@ class Outcome(NamedTuple):
     facts: dict[str, Any]
 
 
-def outcome(workdir: pathlib.Path, member: Member) -> Outcome:
-    """Reads what a member left in its folder."""
+def outcome(workdir: epath.Path, member: Member) -> Outcome:
+    """Reads what a member left in its folder, which may be in a bucket."""
     folder = workdir / member.name / "heldout"
     columns: dict[str, list[float]] = {}
     talkers: dict[str, list[str]] = {}
-    with open(folder / "errors.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            name = f"{row['protocol']} {row['seconds']} s"
-            columns.setdefault(name, []).append(round(float(row["shape_rmse_db"]), 3))
-            talkers.setdefault(name, []).append(row["talker"])
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for row in csv.DictReader(io.StringIO((folder / "errors.csv").read_text())):
+        name = f"{row['protocol']} {row['seconds']} s"
+        columns.setdefault(name, []).append(round(float(row["shape_rmse_db"]), 3))
+        talkers.setdefault(name, []).append(row["talker"])
+    results = json.loads((folder / "results.json").read_text())
     rows = card.metrics_of(workdir / member.name)
     # Of the checkpoint that was evaluated: the best one on the train talkers it did not train on.
     valid = [row["valid_shape_db"] for row in rows if "valid_shape_db" in row]

@@ -1,0 +1,487 @@
+"""The runs of a sweep on Cloud TPU: some queued resources at a time, each serves run after run.
+
+What is the case is asked of the cloud and of the hosts at every look, and nothing is written down
+here: whenever the sweep is killed, the same command finds its requests by their names, hears from
+their hosts which run each is at, and goes on (`eqst.sweeps.queued` has the policy). A run is given
+to another TPU only when the one before is known to be gone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from eqst.record import clock
+from eqst.stopping import EXIT_INTERRUPTED, Interrupted
+from eqst.sweeps import gcloud
+from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Cloud, PersonNeeded, Site, said
+from eqst.sweeps.local import TRIES
+from eqst.sweeps.members import Member
+from eqst.sweeps.queued import (
+    ABSENT,
+    ACTIVE,
+    DEAF_LOOKS,
+    GOING,
+    LOST,
+    PENDING,
+    READY,
+    STATE,
+    Action,
+    Seen,
+    Slot,
+    decide,
+    heard,
+    job_key,
+    prefix,
+)
+
+STOP_SECONDS = 120.0  # for runs to save themselves before their TPUs are deleted
+GONE_SECONDS = 1800.0  # for requests to be gone after they are deleted
+BACKOFF_SECONDS, MOST_BACKOFF_SECONDS = 30.0, 900.0
+
+
+class Plan(NamedTuple):
+    """What the requests are to do.
+
+    Attributes:
+      workdir: of the sweep, in a bucket.
+      clone: the name of the clone in `files`.
+      files: what is copied to each host: the archive and the host's script.
+      setup: a shell line that each host runs in the clone before its environment is made.
+      words: the command of the run of a name.
+      is_done: whether a run has left all that it should.
+    """
+
+    workdir: str
+    clone: str
+    files: list[str]
+    setup: str
+    words: Callable[[str], list[str]]
+    is_done: Callable[[Member], bool]
+
+
+class Clock(NamedTuple):
+    """Time as the sweep sees it: `pause` ends by an exception where the sweep is to end."""
+
+    now: Callable[[], float]
+    pause: Callable[[float], None]
+
+
+class Pool:
+    """The requests of one sweep."""
+
+    def __init__(
+        self,
+        cloud: Cloud,
+        plan: Plan,
+        waiting: list[Member],
+        time: Clock,
+        say: Callable[[str], None],
+        *,
+        jobs: int,
+        keep: bool,
+    ):
+        """Takes over the requests that are there, and looks at most at `jobs`.
+
+        Args:
+          cloud: of the site.
+          plan: what to do.
+          waiting: the runs, in this order.
+          time: its clock.
+          say: called with each line of progress.
+          jobs: requests at a time.
+          keep: what is not needed is left, not deleted.
+        """
+        self._cloud, self._plan, self._time, self._say = cloud, plan, time, say
+        self._keep, self._waiting = keep, list(waiting)
+        self._every, self._finished = len(waiting), 0
+        self._tries = dict.fromkeys((member.name for member in waiting), 0)
+        self._given_up: list[Member] = []
+        self._setup_failures = self._deaf_losses = 0
+        self._ever_heard = False
+        self._began = time.now()
+        found = self._found()
+        names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
+        wrong = [name for name, entry in found.items() if self._other_kind(entry)]
+        if wrong:
+            say(f"{', '.join(wrong)}: of another type than {cloud.site.accelerator_type}, deleted")
+            self._delete(wrong)
+            found = self._found()
+        self.slots = [Slot(name, unknown=name in found) for name in dict.fromkeys([*names, *found])]
+        if found:
+            say(f"found {', '.join(found)}")
+
+    def _found(self) -> dict[str, Any]:
+        start = prefix(self._plan.workdir)
+        return {k: v for k, v in sorted(self._cloud.requests().items()) if k.startswith(start)}
+
+    def _other_kind(self, entry: dict[str, Any]) -> bool:
+        specs = entry["tpu"]["nodeSpec"] if "tpu" in entry else []
+        kinds = {x["node"]["acceleratorType"] for x in specs if "acceleratorType" in x["node"]}
+        return bool(kinds - {self._cloud.site.accelerator_type})
+
+    def failed(self) -> list[str]:
+        """The runs that failed as often as they may."""
+        return [member.name for member in self._given_up]
+
+    def step(self) -> bool:
+        """Looks at every request and does what is to be done; whether there is anything left."""
+        listed = self._cloud.requests()
+        for slot in self.slots:
+            seen = self._look(slot, listed)
+            if seen != slot.seen:
+                self._tell(slot, seen)
+                slot.seen, slot.since = seen, self._time.now()
+            self._settle(slot)
+        for slot in self.slots:
+            wanted = slot.member is not None or slot in self._useful()
+            if self._keep and not wanted:
+                continue
+            free = bool(self._waiting) and not any(other.unknown for other in self.slots)
+            action = decide(
+                slot, wanted=wanted, free=free, clone=self._plan.clone, now=self._time.now()
+            )
+            self._act(slot, action)
+        there = any(slot.seen.request != ABSENT for slot in self.slots) and not self._keep
+        return bool(self._waiting) or there or any(slot.member for slot in self.slots)
+
+    # --- looking
+
+    def _look(self, slot: Slot, listed: dict[str, Any]) -> Seen:
+        entry = listed[slot.name] if slot.name in listed else None
+        if entry is None and slot.seen.request != ABSENT:
+            entry = self._cloud.request(slot.name)  # that it is gone, a list alone does not prove
+        if entry is None:
+            return Seen(ABSENT)
+        state = entry["state"]["state"]
+        if state == "FAILED" and "failedData" in entry["state"]:
+            why = entry["state"]["failedData"]["error"]["message"]
+            if gcloud.is_quota(why):
+                raise PersonNeeded(f"{slot.name}: {why}: ask for more quota, or lower --jobs")
+        if state != ACTIVE:
+            return Seen(state)
+        node = self._cloud.node(slot.name)
+        if node is None:
+            return Seen(state)
+        if node["state"] != READY:
+            return Seen(state, node["state"])
+        answer = self._cloud.on_hosts(slot.name, STATE)
+        hosts = heard(answer.out)
+        if len(hosts) != len(node["networkEndpoints"]):
+            slot.deaf += 1
+            self._say(f"{slot.name}: its hosts do not answer ({said(answer)})")
+            return Seen(state, READY)
+        slot.deaf, self._ever_heard = 0, True
+        return Seen(state, READY, tuple(sorted(hosts)))
+
+    def _tell(self, slot: Slot, seen: Seen) -> None:
+        """A line where a request has come to another state."""
+        if (seen.request, seen.node) != (slot.seen.request, slot.seen.node):
+            state = f"{seen.request or 'gone'}{seen.node and f', node {seen.node}'}"
+            self._say(f"{slot.name}: {state}")
+
+    def _settle(self, slot: Slot) -> None:
+        """Learns what an unknown request is at; takes back the run of one that is gone."""
+        seen = slot.seen
+        if seen.request == ABSENT and slot.member:
+            self._waiting.insert(0, slot.member)
+            slot.member, slot.job = None, ""
+        if not slot.unknown:
+            return
+        if seen.request == ABSENT or seen.request in PENDING | LOST:
+            slot.unknown = False
+        elif seen.hosts:
+            running = {host.of for host in seen.hosts if host.job == "running"}
+            keys = {job_key(member): member for member in self._waiting}
+            job = running.pop() if len(running) == 1 else ""
+            key = job.partition(".")[0]
+            if key in keys:
+                slot.member, slot.job, slot.started = keys[key], job, self._time.now()
+                self._waiting.remove(slot.member)
+                self._say(f"{slot.name}: is at {slot.member.name}")
+            slot.unknown = bool(not slot.job and (job or running))
+
+    def _useful(self) -> list[Slot]:
+        """The requests without a run that will get one: as many as wait, the nearest first."""
+        rank = [(s.seen.request == ABSENT, s.seen.request != ACTIVE, s.name) for s in self.slots]
+        order = [slot for _, slot in sorted(zip(rank, self.slots, strict=True), key=lambda x: x[0])]
+        return [slot for slot in order if not slot.member][: len(self._waiting)]
+
+    # --- acting
+
+    def _act(self, slot: Slot, action: Action) -> None:
+        if action is Action.CREATE:
+            self._say(f"{slot.name}: asking for {self._cloud.site.accelerator_type}")
+            # Whatever will be answered, it may be there from now on.
+            slot.seen, slot.since = Seen("CREATING"), self._time.now()
+            self._cloud.create(slot.name)
+        elif action is Action.SHIP:
+            self._ship(slot)
+        elif action is Action.START:
+            self._start(slot)
+        elif action is Action.END:
+            self._end(slot)
+        elif action is Action.STOP:
+            self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} stop")
+        elif action is Action.LOSE:
+            self._lose(slot)
+        elif action is Action.HUNG:
+            self._hang(slot)
+        elif action is Action.SETUP_FAILED:
+            self._setup_failures += 1
+            why = f"{slot.name}: its environment cannot be made ({self._last_lines(slot)})"
+            if self._setup_failures >= TRIES:
+                raise PersonNeeded(f"{why}: mend --setup or the clone")
+            self._say(f"{why}; once more on another")
+            self._lose(slot)
+        elif action is Action.DELETE:
+            self._cloud.delete(slot.name)
+            slot.seen, slot.since = Seen("DELETING"), self._time.now()
+
+    def _ship(self, slot: Slot) -> None:
+        plan = self._plan
+        answer = self._cloud.copy(slot.name, plan.files)
+        if answer.code == 0:
+            words = ["bash", HOST_SCRIPT, "setup", plan.clone, plan.setup]
+            answer = self._cloud.on_hosts(slot.name, shlex.join(words))
+        self._note(slot, answer, "cannot be set up yet")
+
+    def _start(self, slot: Slot) -> None:
+        if slot.member is None:
+            slot.member = self._waiting.pop(0)
+        if not slot.job:
+            self._tries[slot.member.name] += 1
+            # No two jobs have one name, so that a host never takes a new one for the last.
+            slot.job = f"{job_key(slot.member)}.{secrets.token_hex(4)}"
+            slot.started = self._time.now()
+            self._say(f"{slot.name}: {slot.member.name}")
+        line = start_line(self._plan, slot.job, slot.member.name)
+        self._note(slot, self._cloud.on_hosts(slot.name, line), "cannot be started yet")
+
+    def _note(self, slot: Slot, answer: Answer, what: str) -> None:
+        """A failed command is given again at the next look, some times."""
+        slot.refused = slot.refused + 1 if answer.code else 0
+        if answer.code:
+            self._say(f"{slot.name}: {what} ({said(answer)})")
+
+    def _end(self, slot: Slot) -> None:
+        """Every host's part of the run has ended."""
+        member = slot.member
+        assert member is not None
+        codes = {host.code for host in slot.seen.hosts}
+        if codes <= {0, EXIT_INTERRUPTED} and EXIT_INTERRUPTED in codes:
+            self._say(f"{member.name}: interrupted and saved")
+            self._lose(slot)
+            return
+        if codes != {0}:
+            worst = max(codes - {0, EXIT_INTERRUPTED})
+            self._fail(slot, f"exit code {worst}: {self._last_lines(slot)}")
+        elif not self._is_done(member):
+            self._fail(slot, "it left no results")
+        else:
+            slot.member, slot.job, slot.losses = None, "", 0
+            self._finished += 1
+            left = (self._time.now() - self._began) / self._finished
+            left *= len(self._waiting) + sum(other.member is not None for other in self.slots)
+            took = f"{self._time.now() - slot.started:.0f} s  left {clock(left)}"
+            self._say(f"{self._finished}/{self._every}  {member.name}  {took}")
+
+    def _fail(self, slot: Slot, why: str) -> None:
+        """The run has failed by itself: once more at the end, or not again."""
+        member = slot.member
+        assert member is not None
+        again = self._tries[member.name] < TRIES
+        self._say(f"{member.name}: {'failed' if again else 'FAILED'} ({why})")
+        (self._waiting if again else self._given_up).append(member)
+        slot.member, slot.job = None, ""
+
+    def _hang(self, slot: Slot) -> None:
+        """The run has failed, and may be given to another only when this TPU is gone."""
+        assert slot.member is not None
+        tries = self._tries[slot.member.name]
+        self._say(f"{slot.member.name}: some of its hosts ended, others did not")
+        self._lose(slot)
+        self._tries[slot.member.name] = tries
+        if tries >= TRIES:
+            self._given_up.append(slot.member)
+            slot.member = None
+
+    def _lose(self, slot: Slot) -> None:
+        """Deletes a request; the run it was at waits until it is gone."""
+        if slot.deaf >= DEAF_LOOKS:
+            self._deaf_losses += 1
+            if self._deaf_losses >= TRIES and not self._ever_heard:
+                raise PersonNeeded(
+                    f"{slot.name}: its hosts never answered ssh: try `gcloud compute tpus tpu-vm "
+                    f"ssh {slot.name}` by hand, see launch/README.md"
+                )
+        slot.losses, slot.deaf, slot.refused, slot.job = slot.losses + 1, 0, 0, ""
+        wait = min(BACKOFF_SECONDS * 2 ** (slot.losses - 1), MOST_BACKOFF_SECONDS)
+        slot.not_before = self._time.now() + wait
+        if slot.member and self._tries[slot.member.name]:  # it is no failure of the run
+            self._tries[slot.member.name] -= 1
+        self._cloud.delete(slot.name)
+        slot.seen, slot.since = Seen("DELETING"), self._time.now()
+
+    def _is_done(self, member: Member) -> bool:
+        """Whether it is, by a bucket that may be out of reach for a while."""
+        for seconds in (5.0, 30.0, 120.0):
+            try:
+                return self._plan.is_done(member)
+            except Exception as error:  # of whichever library reads buckets here
+                self._say(f"{member.name}: cannot be read ({str(error)[:200]})")
+                self._time.pause(seconds)
+        return self._plan.is_done(member)
+
+    def _last_lines(self, slot: Slot) -> str:
+        """What the hosts said last, each different line once."""
+        answer = self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} last")
+        lines = [line.strip()[:200] for line in answer.out.splitlines() if line.strip()]
+        return " / ".join(list(dict.fromkeys(lines))[:3]) or said(answer)
+
+    # --- ending
+
+    def leave(self) -> None:
+        """Has every run save itself and end, so that its TPU can be deleted."""
+        busy = [slot for slot in self.slots if slot.job and slot.seen.hosts and not self._keep]
+        for slot in busy:
+            self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} stop")
+        end = self._time.now() + STOP_SECONDS
+        while busy and self._time.now() < end:
+            self._time.pause(5.0)
+            answers = {s.name: heard(self._cloud.on_hosts(s.name, STATE).out) for s in busy}
+            busy = [s for s in busy if any(host.job == "running" for host in answers[s.name])]
+
+    def close(self) -> None:
+        """Deletes all requests of the sweep and waits until they are gone, or says what is left."""
+        found = list(self._found())
+        if self._keep:
+            if found:
+                self._say(f"kept, and paid for: {', '.join(found)}; --cancel deletes them")
+            return
+        made = [slot.name for slot in self.slots if slot.seen.request != ABSENT]
+        self._delete(list(dict.fromkeys([*found, *made])))
+
+    def _delete(self, names: list[str]) -> None:
+        delete(self._cloud, names, self._time)
+
+
+def start_line(plan: Plan, job: str, name: str) -> str:
+    """The shell line that starts a run on a host."""
+    log = shlex.quote(f"{plan.workdir}/{name}/logs/{job}")
+    words = shlex.join(plan.words(name))
+    return f'bash {HOST_SCRIPT} start {job} {log}-"$(hostname)".txt {words}'
+
+
+def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
+    """Deletes requests and waits until they are gone.
+
+    Raises:
+      PersonNeeded: they do not go; the message names them.
+    """
+    left = list(names)
+    end = time.now() + GONE_SECONDS
+    try:
+        for name in names:
+            cloud.delete(name)
+        while left := [name for name in left if cloud.request(name) is not None]:
+            if time.now() > end:
+                raise PersonNeeded("they are still there")
+            time.pause(5.0)
+            # One that was suspended or failed meanwhile may have let the first call pass.
+            for name in left:
+                entry = cloud.request(name)
+                if entry is not None and entry["state"]["state"] not in GOING:
+                    cloud.delete(name)
+    except (PersonNeeded, Interrupted) as error:
+        raise PersonNeeded(
+            f"NOT DELETED, and perhaps paid for: {', '.join(left)} ({error}); the same command "
+            "with --cancel deletes them"
+        ) from None
+
+
+def require_bucket(workdir: str) -> None:
+    """Refuses a workdir that not every host of every TPU shares.
+
+    Raises:
+      ValueError: it is no bucket.
+    """
+    if not workdir.startswith("gs://"):
+        raise ValueError(
+            f"--workdir={workdir}: with --backend=tpu every host writes there, and TPUs come and "
+            "go: give a bucket, --workdir=gs://BUCKET/FOLDER"
+        )
+
+
+def try_bucket(workdir: str) -> None:
+    """Tries whether a bucket can be used from here, by the library that will.
+
+    Raises:
+      ValueError: this machine cannot write to it, read it and delete in it.
+    """
+    path = epath.Path(workdir) / f".eqst-{secrets.token_hex(4)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("eqst")
+        whole = path.read_text() == "eqst"
+        path.unlink()
+    except Exception as error:  # of whichever library reads buckets here
+        raise ValueError(
+            f"--workdir={workdir} cannot be used from here ({type(error).__name__}: "
+            f"{str(error)[:200]}): pip install -e '.[data]', gcloud auth application-default login"
+        ) from None
+    if not whole:
+        raise ValueError(f"--workdir={workdir} does not give back what was written to it")
+
+
+def cancel(cloud: Cloud, workdir: str, time: Clock) -> list[str]:
+    """Deletes every request of a workdir; their names."""
+    names = [name for name in cloud.requests() if name.startswith(prefix(workdir))]
+    delete(cloud, names, time)
+    return names
+
+
+def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
+    """Runs what waits in a pool; the names of the runs that failed.
+
+    However it ends, requests are deleted (or, if they are to be kept, named).
+
+    Raises:
+      Interrupted: the sweep was told to stop; the same command goes on.
+      PersonNeeded: a quota, a right, an option: in one line.
+    """
+    try:
+        while pool.step():
+            time.pause(poll_seconds)
+    except BaseException:
+        pool.leave()
+        raise
+    finally:
+        pool.close()
+    return pool.failed()
+
+
+def dry_lines(site: Site, plan: Plan, members: list[Member]) -> Iterator[str]:
+    """Every command that the first run takes, in their order, and how many runs follow."""
+    name = f"{prefix(plan.workdir)}0"
+    setup = shlex.join(["bash", HOST_SCRIPT, "setup", plan.clone, plan.setup])
+    job = f"{job_key(members[0])}.0"
+    for about, words in (
+        ("what is there", gcloud.list_words(site)),
+        ("a request of its own", gcloud.create_words(site, name)),
+        ("is it gone", gcloud.describe_words(site, name)),
+        ("its machine", gcloud.node_words(site, name)),
+        ("what its hosts are at", gcloud.ssh_words(site, name, STATE)),
+        ("the clone", gcloud.copy_words(site, name, plan.files)),
+        ("its environment", gcloud.ssh_words(site, name, setup)),
+        (members[0].name, gcloud.ssh_words(site, name, start_line(plan, job, members[0].name))),
+        ("where it fails", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} last")),
+        ("where it is to stop", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} stop")),
+        ("at the end", gcloud.delete_words(site, name)),
+    ):
+        yield f"# {about}\n{shlex.join(words)}"
+    yield f"# {len(members) - 1} more runs follow on the same requests"

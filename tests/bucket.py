@@ -1,0 +1,135 @@
+"""A bucket that is a folder: gs:// addresses as `etils.epath` sees them, without a network.
+
+As in a bucket nothing is appended to, a folder is there only while something is in it, and no
+folder is renamed. Orbax's own client for buckets (TensorStore) is not served: `arrays_in_npz` puts
+a plain writer in the place of `eqst.arrays`.
+
+As a program it runs a script with the bucket in place: python tests/bucket.py FOLDER SCRIPT WORD..
+"""
+
+import io
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etils.epath import backend, gpath
+
+
+class Bucket:
+    """Calls of `epath` on gs:// addresses, in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written: list[str] = []
+
+    def at(self, path: Any) -> str:
+        text = os.fspath(path)
+        assert text.startswith("gs://"), text
+        return str(self.folder / text.removeprefix("gs://"))
+
+    def open(self, path, mode):
+        if "a" in mode:
+            raise OSError(f"{path}: what is in a bucket cannot be appended to")
+        if "w" in mode:
+            self.written.append(os.fspath(path))
+            Path(self.at(path)).parent.mkdir(parents=True, exist_ok=True)
+        return backend.os_backend.open(self.at(path), mode)
+
+    def exists(self, path):
+        return (
+            backend.os_backend.isdir(self.at(path))
+            and self.isdir(path)
+            or os.path.isfile(self.at(path))
+        )
+
+    def isdir(self, path):
+        return any(files for _, _, files in os.walk(self.at(path)))
+
+    def listdir(self, path):
+        names = backend.os_backend.listdir(self.at(path))
+        return [name for name in names if self.exists(f"{os.fspath(path)}/{name}")]
+
+    def glob(self, path):
+        found = backend.os_backend.glob(self.at(path))
+        return [f"gs://{Path(name).relative_to(self.folder)}" for name in found]
+
+    def makedirs(self, path, *, exist_ok=False, mode=None):
+        """Nothing: folders are but the beginnings of names."""
+
+    def mkdir(self, path, *, exist_ok=False, mode=None):
+        """Nothing."""
+
+    def rmtree(self, path):
+        backend.os_backend.rmtree(self.at(path))
+
+    def remove(self, path):
+        backend.os_backend.remove(self.at(path))
+
+    def rename(self, path, dst):
+        assert not self.isdir(path), "a bucket renames no folders"
+        backend.os_backend.rename(self.at(path), self.at(dst))
+
+    def replace(self, path, dst):
+        assert not self.isdir(path), "a bucket renames no folders"
+        backend.os_backend.replace(self.at(path), self.at(dst))
+
+    def copy(self, path, dst, overwrite):
+        backend.os_backend.copy(self.at(path), self.at(dst), overwrite)
+
+    def stat(self, path):
+        return backend.os_backend.stat(self.at(path))
+
+
+def install(folder: Path, put: Callable[[Any, Any, Any], None]) -> Bucket:
+    """Has gs:// be a folder; `put` sets an attribute or item, as monkeypatch does.
+
+    There is no public way to register a backend; TensorFlow's would be taken where it is installed.
+    """
+    bucket = Bucket(folder)
+    put(gpath._PREFIX_TO_BACKEND, "gs", bucket)
+    put(gpath, "_is_tf_installed", lambda: False)
+    return bucket
+
+
+def arrays_in_npz(put: Callable[[Any, Any, Any], None]) -> None:
+    """Has checkpoints' arrays be written and read by numpy."""
+    import jax
+    import numpy as np
+
+    from eqst import arrays, card, seal
+
+    def write_tree(folder, tree):
+        buffer = io.BytesIO()
+        np.savez(buffer, **{k: np.asarray(x) for k, x in card.named_leaves(tree).items()})
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "arrays.npz").write_bytes(buffer.getvalue())
+
+    def read_tree(folder, targets, leaves, *, partial=False):
+        with np.load(io.BytesIO((folder / "arrays.npz").read_bytes())) as stored:
+            found = {name: stored[name] for name in card.named_leaves(targets)}
+        for name, target in card.named_leaves(targets).items():
+            if isinstance(target, jax.ShapeDtypeStruct):
+                found[name] = jax.device_put(found[name], target.sharding)
+        for name, facts in leaves.items():
+            assert seal.leaf_facts(found[name]) == facts
+        return jax.tree.unflatten(jax.tree.structure(targets), found.values())
+
+    put(arrays, "write_tree", write_tree)
+    put(arrays, "read_tree", read_tree)
+
+
+def _put(owner: Any, name: Any, value: Any) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)
+
+
+if __name__ == "__main__":
+    install(Path(sys.argv[1]), _put)
+    sys.argv = sys.argv[2:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
