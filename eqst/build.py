@@ -10,6 +10,7 @@ goes on where it was interrupted. What is rejected is said, and stands in the se
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,8 +19,7 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def _write_shards(
 def _splits(found: layouts.Found, dev_share: float) -> dict[str, str]:
     """The split of every talker: as the manifest or layout says, else by hash as corpus does."""
     official = {place.talker: place.split for place in found.files if place.split}
-    free = {shards.hashed_name(x.talker): x.talker for x in found.files} | {}
+    free = {shards.hashed_name(x.talker): x.talker for x in found.files}
     order = [name for name in corpus.by_hash(free) if free[name] not in official]
     dev = set(corpus.held_out(order, dev_share)) if dev_share and len(order) > 1 else set()
     return official | {free[name]: "dev" if name in dev else "train" for name in order}
@@ -167,7 +167,11 @@ def build(
         raise BuildError(f"{final} is there and no set of eqst.build: choose another --version")
     for folder in ("recordings", "shards", "set"):
         (work / folder).mkdir(parents=True, exist_ok=True)
-    with _held(work):
+    with lock.hold(epath.Path(work), "--version") or contextlib.nullcontext():
+        # What a build that was killed has left. A worker that outlived it renames in vain.
+        for pattern in ("*/.*.tmp*", "shards/*.array_record-*-of-?????"):
+            for leftover in work.glob(pattern):
+                leftover.unlink(missing_ok=True)
         if (work / "plan.json").exists():
             begun = json.loads((work / "plan.json").read_text())
             _same_plan(begun["plan"], plan, work)
@@ -197,12 +201,6 @@ def build(
     return final, info
 
 
-def _held(work: pathlib.Path) -> Any:
-    """The lock of a build's folder, or nothing to hold where there are no locks."""
-    held = lock.hold(epath.Path(work), "--version")
-    return held if held is not None else tempfile.TemporaryFile()
-
-
 def _recordings(
     root: pathlib.Path,
     work: pathlib.Path,
@@ -214,8 +212,6 @@ def _recordings(
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Makes the recordings that are not made yet; a row for each that is usable, and the rest."""
     folder, twice = work / "recordings", {x.name for x in duplicates}
-    for leftover in folder.glob(".*.tmp*"):  # of a build that was killed
-        leftover.unlink(missing_ok=True)
     tasks = []
     for number, (place, paths) in enumerate(found.files.items()):
         once = tuple(path for path in paths if layouts.text(path) not in twice)
@@ -316,7 +312,15 @@ def _manifest_checksum(path: pathlib.Path | None) -> str:
     return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_words(name: str, version: str, stems: Iterable[str]) -> None:
+def _check_words(options: flags.FlagValues) -> None:
+    """Raises BuildError for a flag that says what cannot be."""
+    name, version, stems = options.name, options.version, options.stems
+    for flag, value in (("data", options.data), ("output", options.output)):
+        if "://" in value:
+            raise BuildError(
+                f"--{flag}={value} is no folder: build in one of this machine, and copy the set to "
+                "the bucket when it is finished"
+            )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise BuildError(f"--name={name}: take lower-case letters, digits and _, a letter first")
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
@@ -330,7 +334,8 @@ def main() -> None:
     """The command."""
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
-    _check_words(options.name, options.version, options.stems)
+    _check_words(options)
+    shards.check_installed("eqst.build")
     root = pathlib.Path(options.data).expanduser()
     manifest = pathlib.Path(options.manifest).expanduser() if options.manifest else None
     stems = tuple(sorted(set(options.stems)))

@@ -265,6 +265,6 @@ def _help(name: str, about: str, own: list[str]) -> str:
             facts.append(f"default {flag.default}")
         text = flag.help + (f" ({'; '.join(facts)})" if facts else "")
         lines += textwrap.wrap(
-            f"{label:<16}{text}", 96, initial_indent="  ", subsequent_indent=" " * 18
+            f"{label:<15} {text}", 96, initial_indent="  ", subsequent_indent=" " * 18
         )
     return "\n".join(lines)

@@ -12,6 +12,7 @@ Neither writing nor reading needs tensorflow.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -31,6 +32,13 @@ SPLITS = ("train", "dev")
 def shard_name(name: str, split: str, number: int, count: int) -> str:
     """As TFDS names it."""
     return f"{name}-{split}.array_record-{number:05d}-of-{count:05d}"
+
+
+def check_installed(what: str) -> None:
+    """Raises CorpusError where what reads and writes sets is missing."""
+    names = ("tensorflow_datasets", "array_record")
+    if any(importlib.util.find_spec(name) is None for name in names):
+        raise CorpusError(f"{what} needs the extra [data]: pip install 'eqst[data]'")
 
 
 # ---- writing
@@ -75,6 +83,9 @@ def write_shard(
 
     Returns:
       its number of examples, their bytes, and the file's bytes and checksum.
+
+    Raises:
+      OSError: it cannot be written.
     """
     from tensorflow_datasets.core import example_serializer, file_adapters, writer
 
@@ -92,7 +103,11 @@ def write_shard(
             count, size = count + 1, size + len(record)
 
     file_format = file_adapters.FileFormat.ARRAY_RECORD
-    writer.ExampleWriter(file_format=file_format).write(path, serialised())
+    try:
+        writer.ExampleWriter(file_format=file_format).write(path, serialised())
+    except RuntimeError as error:  # ArrayRecord's word for a full disk, among others
+        reason = str(error).split(";")[0]
+        raise OSError(f"{path} cannot be written ({reason}): the same command goes on") from None
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -254,6 +269,7 @@ def load(folder: os.PathLike | str) -> Built:
     Raises:
       CorpusError: a file is missing, has another size, or is damaged.
     """
+    check_installed(f"tfds:{folder}")
     root, info = epath.Path(folder), read_info(folder)
     for split in info["shards"].values():
         for shard in split:
@@ -268,15 +284,10 @@ def load(folder: os.PathLike | str) -> Built:
         raise CorpusError(f"{root / POWER} is damaged: copy it again, or build the set again")
     length_R = np.array([row["length"] for row in rows], np.int64)
     weight_R = weights(length_R)
-    try:
-        samples = tuple(
-            Chunks([str(root / x["name"]) for x in part], [x["examples"] for x in part], chunk)
-            for part in info["shards"].values()
-        )
-    except ImportError:
-        raise CorpusError(
-            f"tfds:{folder} needs the extra [data]: pip install 'eqst[data]'"
-        ) from None
+    samples = tuple(
+        Chunks([str(root / x["name"]) for x in part], [x["examples"] for x in part], chunk)
+        for part in info["shards"].values()
+    )
     rejected = info["rejected"]
     corpus = Corpus(
         sample_rate=info["sample_rate"],
