@@ -168,6 +168,8 @@ def build(
     for folder in ("recordings", "shards", "set"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     with lock.hold(epath.Path(work), "--version") or contextlib.nullcontext():
+        if shards.is_set(final):  # another process had the lock until now
+            raise BuildError(f"{final} has just been finished by another process")
         # What a build that was killed has left. A worker that outlived it renames in vain.
         for pattern in ("*/.*.tmp*", "shards/*.array_record-*-of-?????"):
             for leftover in work.glob(pattern):
@@ -246,6 +248,10 @@ def _finish(
 ) -> None:
     """Completes the folder of shards and gives it its name in one step."""
     made = work / "set"
+    names = {shard["name"] for written in info["shards"].values() for shard in written}
+    for leftover in made.iterdir():  # of a build that was killed right here
+        if leftover.name not in names:
+            leftover.unlink()
     places = [
         chunking.facts_path(work / "recordings", row["number"]).with_suffix(".npy") for row in rows
     ]

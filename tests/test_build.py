@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from etils import epath
 from test_train import POOLED, TINY, silent
 
-from eqst import build, chunking, corpus, layouts, shards, train
+from eqst import build, chunking, corpus, layouts, lock, shards, train
 from eqst.config import Data
 from eqst.corpus import CorpusError
 
@@ -513,6 +514,24 @@ def test_two_workers_bitwise_and_a_second_run_does_nothing(folder, whole, tmp_pa
     out = finish(words)
     assert "is finished: nothing to do" in out and "reading" not in out
     assert times == {x: x.stat().st_mtime_ns for x in place.iterdir()}
+
+
+def test_a_second_build_at_the_same_time_is_refused(folder, tmp_path):
+    work = tmp_path / "tiny" / ".1.0.0.building"
+    work.mkdir(parents=True)
+    with lock.hold(epath.Path(work)):
+        done = run(words_of(folder, tmp_path))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"is in use by process {os.getpid()}" in done.stderr
+    assert "choose another --version" in done.stderr
+
+
+def test_what_a_kill_at_the_very_end_left_is_not_in_the_set(folder, whole, tmp_path):
+    options = {"chunk_seconds": 0.5, "dev_share": 0.2, "stems": ()}
+    left = tmp_path / "tiny" / ".1.0.0.building" / "set"
+    left.mkdir(parents=True)
+    (left / "dataset_info.json.incomplete.1234").write_text("{")
+    assert contents(made(folder, tmp_path, **options)[0]) == contents(whole)
 
 
 @pytest.mark.parametrize("finished", [True, False])
