@@ -435,7 +435,7 @@ def _check_finite(samples_TC: np.ndarray, name: str, sample_rate: int, *, offset
     bad_T = ~np.isfinite(samples_TC).all(axis=1)
     if bad_T.any():
         seconds = (offset + int(np.argmax(bad_T))) / sample_rate
-        raise AudioError(
+        raise files.NotFiniteError(
             f"{name} holds samples that are not numbers (NaN or infinite; {int(bad_T.sum())} or "
             f"more, the first at {seconds:.3f} s): repair or export it again"
         )

@@ -26,7 +26,8 @@ class ConfigError(ValueError):
 class Data:
     """Where recordings come from and how pairs are made of them (design section 3)."""
 
-    # Any of "synthetic", "folder:PATH" and "tfds:NAME"; several are mixed with these weights.
+    # Any of "synthetic", "folder:PATH" and "tfds:NAME" (or the path of a TFDS set's version: see
+    # `corpus`); several are mixed with these weights.
     sources: tuple[str, ...] = ("synthetic",)
     source_weights: tuple[float, ...] = (1.0,)
     # A CSV with the columns path, split and permissive, paths relative to the CSV's own folder.

@@ -1,22 +1,32 @@
 """Where recordings come from: synthetic talkers, folders of audio, TFDS sets; and their splits.
 
-Every source is brought into a store once (see `eqst.store`). A recording is all the audio of one
-talker (or track), joined (design section 3).
+A recording is all the audio of one talker (or track), joined (design section 3). Sources are
+brought into a store once (see `eqst.store`), but for sets that `eqst.build` has made: these are
+read where they lie (see `eqst.shards`), unless they have another rate.
+
+`tfds:NAME` is a set in TFDS's own folder ($TFDS_DATA_DIR, or ~/tensorflow_datasets), such as
+`tfds:vctk/mic1`; `tfds:/path/to/NAME/1.0.0` (or gs://..) is the set of that folder. A public set
+has to be prepared as ArrayRecord: `tfds build vctk --file_format=array_record`. Its feature
+`audio`, or else its one audio feature, is what is heard; `speaker` or `speaker_id` tells the
+talkers apart, and without either each example is a talker of its own.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import inspect
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from eqst import audio, config, synthetic, talkers
+from eqst import audio, config, shards, synthetic, talkers
 from eqst.store import HOPS_PER_SECOND, Corpus, CorpusError, Recording, load_store, make_store
 
 __all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus"]
@@ -43,20 +53,39 @@ def open_corpus(data: config.Data, split: str, progress: Callable[[str], None] =
     return _join(parts)
 
 
+class _Opened(NamedTuple):
+    """A source: its recordings, the talker of each, and the talkers' splits where given."""
+
+    corpus: Corpus
+    talker_R: tuple[str, ...]
+    official: dict[str, str] | None
+
+
 def _open_source(source: str, data: config.Data, split: str, progress: Callable) -> Corpus:
     if source == "synthetic":
-        store = _synthetic_store(data, progress)
-        official = None
+        whole = load_store(_synthetic_store(data, progress), source)
+        opened = _Opened(whole, whole.talker_R, None)
     elif source.startswith("folder:"):
         store, official = _folder_store(pathlib.Path(source[7:]).expanduser(), data, progress)
+        whole = load_store(store, source)
+        opened = _Opened(whole, whole.talker_R, official)
     else:
-        store, official = _tfds_store(source[5:], data, progress), None
-    corpus = load_store(store, source)
+        opened = _open_tfds(source[5:], data, progress)
     if split in ("train", "all"):  # once a run, also where the store was made by an earlier one
-        for line in corpus.skipped:
+        for line in opened.corpus.skipped:
             progress(f"left out {line}")
-    keep = _split(corpus.talker_R, split, data, official, source)
-    return corpus.select(keep)
+    keep = _split(opened.talker_R, split, data, opened.official, source)
+    return opened.corpus.select(keep)
+
+
+def by_hash(talkers: Iterable[str]) -> list[str]:
+    """Every talker once, in an order that is the same wherever they come from."""
+    return sorted(set(talkers), key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def held_out(order: list[str], share: float) -> list[str]:
+    """The talkers nothing is trained on: a share of `by_hash`, at least one, but never all."""
+    return order[: min(max(1, round(share * len(order))), len(order) - 1)]
 
 
 def _split(
@@ -66,23 +95,21 @@ def _split(
     official: dict[str, str] | None,
     source: str,
 ) -> np.ndarray:
-    """Indices of the split's talkers: from the manifest, else a fixed share by hash of the name."""
-    order = sorted(
-        range(len(talker_R)), key=lambda i: hashlib.sha256(talker_R[i].encode()).digest()
-    )
+    """Indices of the split's recordings: by talker, from the manifest or a share by hash."""
+    order = by_hash(talker_R)
     if split == "all":
         return np.arange(len(talker_R))
     if official is not None:
-        train = [i for i in order if official[talker_R[i]] == "train"]
-        dev = [i for i in order if official[talker_R[i]] == "dev"]
+        train = [name for name in order if official[name] == "train"]
+        dev = [name for name in order if official[name] == "dev"]
     else:
-        if len(talker_R) < 2:
+        if len(order) < 2:
             raise CorpusError(
                 f"{source}: one talker only ({talker_R[0]}); training needs 2 or more, one held "
                 "out: put each talker's files into a folder of their own"
             )
-        held = min(max(1, round(data.dev_share * len(order))), len(order) - 1)
-        dev, train = order[:held], order[held:]
+        dev = held_out(order, data.dev_share)
+        train = order[len(dev) :]
     if data.folds:
         if data.folds > len(train):
             raise CorpusError(
@@ -94,17 +121,17 @@ def _split(
         # A share above 0 holds out one talker at least, and leaves one to train on.
         share = round(data.valid_share * len(train))
         valid = train[: min(max(share, int(data.valid_share > 0)), max(len(train) - 1, 0))]
-    train = [i for i in train if i not in set(valid)]
-    chosen = sorted({"train": train, "valid": valid or train, "dev": dev}[split])
+    train = [name for name in train if name not in set(valid)]
+    chosen = set({"train": train, "valid": valid or train, "dev": dev}[split])
     if not chosen:
         there = (
             f" (the manifest has {', '.join(sorted(set(official.values())))})" if official else ""
         )
         raise CorpusError(
-            f"{source}: no talker in split {split!r} of {len(talker_R)} talkers{there}: "
+            f"{source}: no talker in split {split!r} of {len(order)} talkers{there}: "
             "training needs train, evaluation dev"
         )
-    return np.array(chosen)
+    return np.array([i for i, name in enumerate(talker_R) if name in chosen])
 
 
 def _join(parts: list[tuple[Corpus, float]]) -> Corpus:
@@ -125,7 +152,12 @@ def _join(parts: list[tuple[Corpus, float]]) -> Corpus:
 
 
 def parallel(
-    function: Callable, tasks: list, name: str, progress: Callable, workers: int = 0
+    function: Callable,
+    tasks: list,
+    name: str,
+    progress: Callable,
+    workers: int = 0,
+    things: str = "recordings",
 ) -> Iterator:
     """Results in order from `workers` processes (0: one per core), with a line every tenth."""
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
@@ -139,7 +171,7 @@ def parallel(
     results = jobs(joblib.delayed(function)(task) for task in tasks)
     for done, result in enumerate(results, start=1):
         if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
-            progress(f"{name}: {done} of {len(tasks)} recordings")
+            progress(f"{name}: {done} of {len(tasks)} {things}")
         yield result
 
 
@@ -158,10 +190,23 @@ def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
     return make_store(data, "synthetic", facts, make)
 
 
-def _manifest_splits(manifest: pathlib.Path, permissive_only: bool) -> dict[pathlib.Path, str]:
-    """The split of every file that a manifest lists."""
+class Listed(NamedTuple):
+    """A manifest's row: the split of a file, and its talker ("" where it does not say)."""
+
+    split: str
+    talker: str
+
+
+def read_manifest(manifest: pathlib.Path, permissive_only: bool) -> dict[pathlib.Path, Listed]:
+    """Every file that a manifest lists, by its resolved path.
+
+    Raises:
+      CorpusError: it is missing, no CSV, or lacks a column or a value.
+    """
+    if not manifest.is_file():
+        raise CorpusError(f"{manifest}: no such manifest; give a CSV file with path and split")
     wanted = ["path", "split"] + ["permissive"] * permissive_only
-    listed: dict[pathlib.Path, str] = {}
+    listed: dict[pathlib.Path, Listed] = {}
     try:
         with open(manifest, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
@@ -176,7 +221,8 @@ def _manifest_splits(manifest: pathlib.Path, permissive_only: bool) -> dict[path
                     )
                 if permissive_only and row["permissive"] != "yes":
                     continue
-                listed[(manifest.parent / row["path"]).resolve()] = row["split"]
+                path = (manifest.parent / row["path"]).resolve()
+                listed[path] = Listed(row["split"], row.get("talker") or "")
     except (csv.Error, UnicodeDecodeError) as error:
         raise CorpusError(
             f"{manifest} is not a CSV in UTF-8 ({error}); write path and split columns"
@@ -184,36 +230,44 @@ def _manifest_splits(manifest: pathlib.Path, permissive_only: bool) -> dict[path
     return listed
 
 
+def one_split(official: dict[str, str], talker: str, split: str, manifest: object) -> None:
+    """Notes a talker's split. Raises CorpusError where another one stands there."""
+    if official.setdefault(talker, split) != split:
+        raise CorpusError(
+            f"{manifest}: talker {talker} is in {official[talker]!r} and in "
+            f"{split!r}; a talker has one split, so that none is trained and tested on"
+        )
+
+
+def audio_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Every file that is audio by its name, sorted. Raises CorpusError: it is no folder."""
+    if not root.is_dir():
+        raise CorpusError(f"{root} is not a folder; give a folder of audio files")
+    return [x for x in sorted(root.rglob("*")) if x.suffix.lower() in EXTENSIONS and x.is_file()]
+
+
+def folder_talker(inside: pathlib.PurePath) -> str:
+    """The talker of a file by its place in the folder; one straight in it is one of its own."""
+    return str(inside.parent) if len(inside.parts) > 1 else inside.stem
+
+
 def _folder_files(
     root: pathlib.Path, data: config.Data
 ) -> tuple[dict[str, list[pathlib.Path]], dict[str, str] | None]:
     """Files by talker, and the talkers' official splits where a manifest gives them."""
-    if not root.is_dir():
-        raise CorpusError(f"{root} is not a folder; give a folder of audio files")
-    listed: dict[pathlib.Path, str] = {}
+    paths = audio_files(root)
+    listed: dict[pathlib.Path, Listed] = {}
     if data.manifest:
-        manifest = pathlib.Path(data.manifest).expanduser()
-        if not manifest.is_file():
-            raise CorpusError(f"{manifest}: no such manifest; give a CSV file with path and split")
-        listed = _manifest_splits(manifest, data.permissive_only)
+        listed = read_manifest(pathlib.Path(data.manifest).expanduser(), data.permissive_only)
     talkers: dict[str, list[pathlib.Path]] = {}
     official: dict[str, str] = {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() not in EXTENSIONS or not path.is_file():
-            continue
+    for path in paths:
         if data.manifest and path.resolve() not in listed:
             continue
-        inside = path.relative_to(root)
-        # A file straight in the folder is a talker (or track) of its own.
-        talker = str(inside.parent) if len(inside.parts) > 1 else inside.stem
+        talker = folder_talker(path.relative_to(root))
         talkers.setdefault(talker, []).append(path)
         if data.manifest:
-            split = listed[path.resolve()]
-            if official.setdefault(talker, split) != split:
-                raise CorpusError(
-                    f"{data.manifest}: talker {talker} is in {official[talker]!r} and in "
-                    f"{split!r}; a talker has one split, so that none is trained and tested on"
-                )
+            one_split(official, talker, listed[path.resolve()].split, data.manifest)
     if not talkers:
         listing = f" that {data.manifest} lists" if data.manifest else ""
         raise CorpusError(
@@ -222,18 +276,22 @@ def _folder_files(
     return talkers, official if data.manifest else None
 
 
+def read_mono(path: str | os.PathLike, sample_rate: int) -> np.ndarray:
+    """[T] float32: a whole file, mono, at a rate. Raises AudioError as `audio.read`."""
+    sound = audio.read(path)
+    mono_T = audio.to_mono(sound.samples_TC)
+    return audio.resample(mono_T, sound.sample_rate, sample_rate).astype(np.float32)
+
+
 def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
     """All files of one talker, mono, at the store's rate, joined; or why it is left out."""
     talker, paths, sample_rate = task
     pieces, reasons = [], []
     for path in paths:
         try:
-            sound = audio.read(path)
+            pieces.append(read_mono(path, sample_rate))
         except audio.AudioError as error:
             reasons.append(str(error))
-            continue
-        mono_T = audio.to_mono(sound.samples_TC)
-        pieces.append(audio.resample(mono_T, sound.sample_rate, sample_rate).astype(np.float32))
     if not pieces:
         return f"{talker}: {reasons[0]}"
     return Recording(talker, np.concatenate(pieces), tuple(reasons))
@@ -259,29 +317,78 @@ def _folder_store(
     return store, official
 
 
-def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Path:
-    """Any prepared TFDS audio set stored as ArrayRecord; talkers are its `speaker` feature."""
+def _open_tfds(name: str, data: config.Data, progress: Callable) -> _Opened:
+    """A set that `eqst.build` made, read where it lies, or any TFDS audio set through a store."""
+    place = epath.Path(name).expanduser() if _is_path(name) else _builder(name).data_path
+    if not shards.is_set(place):
+        store = _tfds_store(name, data)
+        whole = load_store(store, f"tfds:{name}")
+        return _Opened(whole, whole.talker_R, None)
+    built = shards.load(place)
+    opened = _Opened(built.corpus, built.talker_R, built.official)
+    if built.corpus.sample_rate == data.sample_rate:
+        return opened
+    progress(f"tfds:{name} has {built.corpus.sample_rate} Hz: brought to {data.sample_rate} Hz")
+    recordings = functools.partial(_resampled, built.corpus, data.sample_rate)
+    whole = load_store(make_store(data, "tfds", [built.digest], recordings), "tfds")
+    talker = dict(zip(built.corpus.talker_R, built.talker_R, strict=True))
+    return _Opened(whole, tuple(talker[x] for x in whole.talker_R), built.official)
+
+
+def _is_path(name: str) -> bool:
+    """Whether it names a folder, and not a set of TFDS's."""
+    return name.startswith(("/", "~", ".")) or "://" in name
+
+
+def _resampled(corpus: Corpus, sample_rate: int) -> Iterator[Recording]:
+    for number, name in enumerate(corpus.talker_R):
+        samples_T = corpus.segment(number, 0, int(corpus.length_R[number]))
+        resampled_T = audio.resample(samples_T, corpus.sample_rate, sample_rate)
+        yield Recording(name.removeprefix("tfds/"), resampled_T)
+
+
+def _builder(name: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
         raise CorpusError(f"tfds:{name} needs the extra [data]: pip install 'eqst[data]'") from None
     try:
-        builder = tfds.builder(name)
-        source = builder.as_data_source("train")
-    except Exception as error:  # TFDS raises many kinds; each means: not there or not ArrayRecord
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return tfds.builder_from_directory(name) if _is_path(name) else tfds.builder(name)
+    except Exception as error:  # TFDS raises many kinds; each means that there is no such set
         raise CorpusError(
-            f"tfds:{name} cannot be opened with random access ({reason[:160]}); prepare it with "
+            f"tfds:{name} cannot be opened ({_reason(error)}); prepare it with "
+            "file_format='array_record', or name the folder of one version: tfds:/path/NAME/1.0.0"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _tfds_store(name: str, data: config.Data) -> pathlib.Path:
+    """Any prepared TFDS audio set stored as ArrayRecord."""
+    builder = _builder(name)
+    try:
+        source = builder.as_data_source("train")
+    except Exception as error:  # of many kinds again; each means: not ArrayRecord, or not prepared
+        raise CorpusError(
+            f"tfds:{name} cannot be opened with random access ({_reason(error)}); prepare it with "
             f"file_format='array_record'"
         ) from None
     features = builder.info.features
-    if "audio" not in features:
-        raise CorpusError(f"tfds:{name} has no feature 'audio' (it has {', '.join(features)})")
-    rate = getattr(features["audio"], "sample_rate", None) or data.sample_rate
+    heard = [x for x, kind in features.items() if type(kind).__name__ == "Audio"]
+    if "audio" not in features and len(heard) != 1:
+        raise CorpusError(
+            f"tfds:{name} has no feature 'audio', nor just one of audio "
+            f"(it has {', '.join(features)})"
+        )
+    column = "audio" if "audio" in features else heard[0]
+    voice = next((x for x in ("speaker", "speaker_id") if x in features), None)
+    rate = getattr(features[column], "sample_rate", None) or data.sample_rate
     speakers: dict[str, list[int]] = {}
     for position in range(len(source)):
-        example = source[position]
-        label = example["speaker"] if "speaker" in example else position
+        label = source[position][voice] if voice else position
         label = label.decode() if isinstance(label, bytes) else str(label)
         speakers.setdefault(label, []).append(position)
 
@@ -289,7 +396,7 @@ def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Pat
         for label, positions in speakers.items():
             pieces = []
             for position in positions:
-                samples = np.asarray(source[position]["audio"])
+                samples = np.asarray(source[position][column])
                 scale = 32768.0 if np.issubdtype(samples.dtype, np.integer) else 1.0
                 mono_T = samples.reshape(len(samples), -1).mean(axis=1) / scale
                 pieces.append(audio.resample(mono_T.astype(np.float32), rate, data.sample_rate))

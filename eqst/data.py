@@ -18,7 +18,7 @@ import numpy as np
 
 from eqst import eq, pairs
 from eqst.config import Config
-from eqst.corpus import Corpus
+from eqst.corpus import Corpus, CorpusError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -71,9 +71,18 @@ def plans(config: Config, index: pairs.Index) -> Any:
 
 
 def _dataset(
-    config: Config, corpus: Corpus, index: pairs.Index, seconds: float, numbers: Any, part: slice
+    config: Config,
+    corpus: Corpus,
+    index: pairs.Index,
+    seconds: float,
+    numbers: Any,
+    part: slice,
+    failed: list[CorpusError],
 ) -> Any:
-    """One segment length: batch numbers -> flat tensors (input, reference, *plan)."""
+    """One segment length: batch numbers -> flat tensors (input, reference, *plan).
+
+    What cannot be read is noted in `failed`: TensorFlow passes on the error's text alone.
+    """
     tf = _tensorflow()
     from jax.experimental import jax2tf
 
@@ -85,7 +94,11 @@ def _dataset(
     def load(number: np.ndarray) -> tuple:
         plan = draw_many(np.arange(size)[part] + int(number) * size)
         # Integers: half of what floats are to copy, and several copies are made on the way.
-        return *pairs.fetch_stored(corpus, plan, seconds, context_seconds), *plan
+        try:
+            return *pairs.fetch_stored(corpus, plan, seconds, context_seconds), *plan
+        except CorpusError as error:
+            failed.append(error)
+            raise
 
     example = load(np.asarray(0))
 
@@ -133,18 +146,27 @@ def batches(
 
     Yields:
       Batch of numpy arrays, leaves [part of B, ...].
+
+    Raises:
+      CorpusError: recordings that are read where they lie are damaged there.
     """
     tf = _tensorflow()
     lengths = config.data.segment_seconds
     count = len(lengths)
-    streams = []
+    streams: list[Iterator[tuple]] = []
+    failed: list[CorpusError] = []
     for which, (seconds, index) in enumerate(zip(lengths, indices, strict=True)):
         start = first + (which - first) % count
         numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max, count)
-        dataset = _dataset(config, corpus, index, seconds, numbers, part)
+        dataset = _dataset(config, corpus, index, seconds, numbers, part, failed)
         streams.append(dataset.as_numpy_iterator())
     number = first
     while True:
-        flat = next(streams[number % count])
+        try:
+            flat = next(streams[number % count])
+        except tf.errors.OpError:
+            if failed:
+                raise failed[0] from None
+            raise
         yield Batch(flat[0], flat[1], pairs.Plan(*flat[2:]))
         number += 1

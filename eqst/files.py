@@ -17,6 +17,10 @@ class AudioError(ValueError):
     """Audio, or a place to write it, that cannot be used; the message is one line for the user."""
 
 
+class NotFiniteError(AudioError):
+    """Audio with samples that are no numbers."""
+
+
 def write_atomically(
     path: str | os.PathLike, write: Callable[[Path], Result], *, overwrite: bool = True
 ) -> Result:

@@ -13,8 +13,16 @@ from eqst.card import CheckpointError
 LOCK_NAME = "lock"
 
 
-def hold(folder: epath.Path) -> IO[str] | None:
-    """Locks a local folder until the file is closed or the process ends, however it ends."""
+def hold(folder: epath.Path, option: str = "--workdir") -> IO[str] | None:
+    """Locks a local folder until the file is closed or the process ends, however it ends.
+
+    Args:
+      folder: what one process may write to at a time.
+      option: the command's, by which another folder can be chosen.
+
+    Raises:
+      CheckpointError: another process holds it.
+    """
     if "://" in os.fspath(folder):
         return None  # buckets know no locks: there a launcher must see to it
     try:
@@ -31,7 +39,7 @@ def hold(folder: epath.Path) -> IO[str] | None:
         lock.close()
         raise CheckpointError(
             f"{folder} is in use by {holder or 'another process'}: "
-            "wait for it, stop it, or choose another --workdir"
+            f"wait for it, stop it, or choose another {option}"
         ) from None
     except OSError:  # a file system without locks
         lock.close()

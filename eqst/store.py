@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +31,14 @@ class CorpusError(ValueError):
     """A source that cannot be used: one line with what, and the way out."""
 
 
+class Samples(Protocol):
+    """int16 samples in a row: a mapped file, or `shards.Chunks`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> np.ndarray: ...
+
+
 class Corpus(NamedTuple):
     """Recordings of one or several stores, all at one rate.
 
@@ -42,7 +50,7 @@ class Corpus(NamedTuple):
       gain_R: factor that brings its int16 samples / 32768 to -23 LUFS.
       weight_R: probability of being drawn; sums to 1.
       power_R: for each recording its K-weighted mean square per 100 ms, at -23 LUFS.
-      samples: the stores' int16 samples (memory-mapped).
+      samples: the stores' int16 samples (memory-mapped, or read where they are sliced).
       skipped: recordings left out, with the reason.
     """
 
@@ -54,7 +62,7 @@ class Corpus(NamedTuple):
     gain_R: np.ndarray
     weight_R: np.ndarray
     power_R: tuple[np.ndarray, ...]
-    samples: tuple[np.ndarray, ...]
+    samples: tuple[Samples, ...]
     skipped: tuple[str, ...] = ()
 
     def scale(self, recording: int) -> np.float32:
@@ -91,6 +99,54 @@ class Corpus(NamedTuple):
             weight_R=weight_R / weight_R.sum(),
             power_R=tuple(self.power_R[i] for i in keep),
         )
+
+
+class Level(NamedTuple):
+    """How loud a recording is, and how it is stored.
+
+    Attributes:
+      lufs: its loudness.
+      scale: its samples times this, rounded, are the integers that are stored.
+      gain: brings those integers / 32768 to -23 LUFS.
+      power_J: its K-weighted mean square per 100 ms at -23 LUFS, float32.
+    """
+
+    lufs: float
+    scale: float
+    gain: float
+    power_J: np.ndarray
+
+
+_BLOCK = 2**20  # samples looked at at a time: a recording may lie on disk
+
+
+def _blocks(samples_T: np.ndarray) -> Iterator[np.ndarray]:
+    return (samples_T[start : start + _BLOCK] for start in range(0, len(samples_T), _BLOCK))
+
+
+def measure(samples_T: np.ndarray, sample_rate: int) -> Level:
+    """The level of a mono recording, in memory or mapped, block by block.
+
+    Raises:
+      AudioError: it is too short to have one, silent, or nothing but an offset.
+    """
+    power_J = audio.k_weighted_power(samples_T[:, None], sample_rate)
+    lufs = audio.gated_loudness_lufs(power_J)
+    if not np.isfinite(lufs):
+        raise audio.AudioError("silent")
+    peak = max(float(np.abs(block_T).max()) for block_T in _blocks(samples_T))
+    mean = sum(block_T.sum(dtype=float) for block_T in _blocks(samples_T)) / len(samples_T)
+    squares = (np.square(block_T - mean, dtype=float).sum() for block_T in _blocks(samples_T))
+    if audio.is_constant(sum(squares) / len(samples_T), mean):
+        raise audio.AudioError("a constant offset (DC), no sound")
+    gain, scale = 10.0 ** ((TARGET_LUFS - lufs) / 20.0), 32767.0 / peak
+    return Level(lufs, scale, gain * 32768.0 / scale, (power_J * gain**2).astype(np.float32))
+
+
+def write_samples(file: BinaryIO, samples_T: np.ndarray, level: Level) -> None:
+    """Writes a recording as the integers of a store."""
+    for block_T in _blocks(samples_T):
+        file.write(np.round(block_T * level.scale).astype("<i2").tobytes())
 
 
 class Recording(NamedTuple):
@@ -171,39 +227,32 @@ def _write_store(
                 continue
             for reason in item.skipped:
                 leave_out(reason)
-            samples_T = item.samples_T
-            peak = float(np.abs(samples_T).max(initial=0.0))
-            power_J = audio.k_weighted_power(samples_T[:, None], sample_rate)
             try:
-                loudness = audio.gated_loudness_lufs(power_J)
+                level = measure(item.samples_T, sample_rate)
             except audio.AudioError as error:
                 leave_out(f"{item.talker}: {error}")
                 continue
-            if not np.isfinite(loudness):
-                leave_out(f"{item.talker}: silent")
-                continue
-            variance, mean = np.var(samples_T, dtype=np.float64), np.mean(samples_T, dtype=float)
-            if audio.is_constant(variance, mean):
-                leave_out(f"{item.talker}: a constant offset (DC), no sound")
-                continue
-            gain = 10.0 ** ((TARGET_LUFS - loudness) / 20.0)
-            scale = 32767.0 / peak
-            file.write(np.round(samples_T * scale).astype("<i2").tobytes())
+            write_samples(file, item.samples_T, level)
             index["recordings"].append(
                 {
                     "talker": item.talker,
                     "start": start,
-                    "length": len(samples_T),
-                    "gain": gain * 32768.0 / scale,
-                    "blocks": len(power_J),
+                    "length": len(item.samples_T),
+                    "gain": level.gain,
+                    "blocks": len(level.power_J),
                 }
             )
-            start += len(samples_T)
-            powers.append((power_J * gain**2).astype(np.float32))
+            start += len(item.samples_T)
+            powers.append(level.power_J)
     if not powers:
         raise CorpusError(f"{name}: no usable audio; {'; '.join(index['skipped'][:3])}")
     np.save(folder / "power.npy", np.concatenate(powers))
     (folder / "index.json").write_text(json.dumps(index))
+
+
+def weights(length_R: np.ndarray) -> np.ndarray:
+    """Longer recordings hold more to learn from, but no talker may rule."""
+    return np.sqrt(length_R.astype(float))
 
 
 def load_store(folder: pathlib.Path, source: str) -> Corpus:
@@ -236,8 +285,7 @@ def _load(folder: pathlib.Path, source: str) -> Corpus:
         start_R=np.array([recording["start"] for recording in recordings], np.int64),
         length_R=np.array([recording["length"] for recording in recordings], np.int64),
         gain_R=np.array([recording["gain"] for recording in recordings], np.float32),
-        # Longer recordings hold more to learn from, but no talker may rule.
-        weight_R=np.sqrt([float(recording["length"]) for recording in recordings]),
+        weight_R=weights(np.array([recording["length"] for recording in recordings])),
         power_R=tuple(np.split(power_V, ends[:-1])),
         samples=(np.memmap(folder / "samples.int16", "<i2", mode="r"),),
         skipped=tuple(index["skipped"]),

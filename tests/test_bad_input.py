@@ -26,6 +26,7 @@ from eqst import (
     accuracy,
     audio,
     benchmark,
+    build,
     checkpoint,
     command,
     config,
@@ -50,6 +51,7 @@ ENTRIES = {
     "eqst.accuracy": (accuracy._define_flags, accuracy._body),
     "eqst.benchmark": (benchmark.define_flags, benchmark.main),
     "eqst.speed": (speed._define_flags, speed.main),
+    "eqst.build": (build.define_flags, build.main),
 }
 # ml_collections 1.1 loads files by a call that Python 3.15 will drop; theirs to change.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -835,6 +837,7 @@ def test_each_command_as_a_process(entry, runs, repo, tmp_path):
         "eqst.accuracy": {"output": "out", "bands": "none"},
         "eqst.benchmark": {"output": "out", "pairs": "none"},
         "eqst.speed": {"output": "out", "rounds": "none"},
+        "eqst.build": {"data": "nowhere", "output": "out", "name": "set"},
     }[entry]  # fmt: skip
     path = {"PYTHONPATH": os.pathsep.join([str(repo), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(

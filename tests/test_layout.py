@@ -32,7 +32,8 @@ ORDER = (
     # the equaliser and its responses
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
-    *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "store", "corpus"),
+    *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "store", "shards"),
+    *("corpus", "layouts", "chunking", "build"),
     # what is learnt from, and what learns
     *(
         "pairs",
@@ -65,8 +66,8 @@ ORDER = (
 # A large dependency stays inside the one module that owns it (or two).
 OWNERS = {
     "tensorflow": {"data"},
-    "tensorflow_datasets": {"corpus", "data"},
-    "array_record": {"corpus", "data"},
+    "tensorflow_datasets": {"corpus", "shards"},
+    "array_record": {"shards"},
     "flax": {"predictor"},
     "orbax": {"arrays"},
     "matplotlib": {"picture", "charts"},
