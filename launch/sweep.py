@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from etils import epath
@@ -40,12 +40,15 @@ def define_flags() -> None:
     flags.DEFINE_string("manifest", "", "CSV with path and split for --data.")
     flags.DEFINE_enum("backend", "local", ["local", "tpu"], "Where runs run.")
     flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+    flags.DEFINE_integer(
+        "replicas", 1, "So many runs that differ in numbers alone as one program.", lower_bound=1
+    )
     flags.DEFINE_float("minutes", 0.0, "Stop, saved, after so long; 0: never.", lower_bound=0.0)
     flags.DEFINE_string("only", "", "Runs whose name has this regular expression in it.")
     flags.DEFINE_string("known", "", "A sweep.json from elsewhere: its runs count as done.")
     flags.DEFINE_bool("dry_run", False, "Name the runs and what they change, and do nothing.")
     flags.DEFINE_bool("gather", False, "Only gather what is done.")
-    flags.DEFINE_string("member", "", "Run this one alone (what the command starts itself).")
+    flags.DEFINE_string("member", "", "Run this one alone, or A,B as one program: a child.")
     flags.DEFINE_string("project", "", "tpu: the cloud project.")
     flags.DEFINE_string("zone", "", "tpu: where, as in us-east5-a.")
     flags.DEFINE_string("accelerator_type", "", "tpu: of what, as in v5p-8.")
@@ -66,29 +69,52 @@ def _config_path() -> str:
     return flag.config_filename
 
 
-def _child(name: str) -> list[str]:
-    """The words of the command that runs one member: this one's, and its name."""
-    return [sys.executable, "-u", __file__, *sys.argv[1:], f"--member={name}"]
+class Work(NamedTuple):
+    """What there is to run.
+
+    Attributes:
+      units: runs that are started together, by the name of the first.
+      is_done: whether a unit, named by its first run, has left all that it should.
+    """
+
+    units: dict[str, list[members.Member]]
+    is_done: Callable[[members.Member], bool]
+
+    def first(self) -> list[members.Member]:
+        """The first run of each unit, which stands for it."""
+        return [unit[0] for unit in self.units.values()]
+
+    def words(self, name: str) -> list[str]:
+        """What is added to this command for the unit of a name."""
+        return [*sys.argv[1:], f"--member={','.join(x.name for x in self.units[name])}"]
+
+    def child(self, name: str) -> list[str]:
+        """The words of the command that runs a unit on this machine."""
+        return [sys.executable, "-u", __file__, *self.words(name)]
 
 
-def _dry_lines(chosen: list[members.Member], base: config.Config) -> Iterator[str]:
+def _dry_lines(work: Work, base: config.Config) -> Iterator[str]:
     """What each run changes of the config, and the command that would run it."""
-    for member in chosen:
-        yield f"{member.name}: {members.changes(member, base)}"
+    for name, unit in work.units.items():
+        for member in unit:
+            yield f"{member.name}: {members.changes(member, base)}"
         if flags.FLAGS.backend == "local":
-            yield f"  {shlex.join(_child(member.name))}"
+            yield f"  {shlex.join(work.child(name))}"
 
 
-def _run_member(workdir: epath.Path, every: list[members.Member]) -> None:
-    """The body of a child: one run, of which this may be one of several processes."""
+def _run_unit(workdir: epath.Path, every: list[members.Member]) -> None:
+    """The body of a child: one unit, of which this may be one of several processes."""
     options = flags.FLAGS
-    own = [member for member in every if member.name == options.member]
-    if not own:
-        raise ValueError(f"--member={options.member}: the sweep has no such run")
+    by_name = {member.name: member for member in every}
+    names = options.member.split(",")
+    strange = [name for name in names if name not in by_name]
+    if strange:
+        raise ValueError(f"--member={strange[0]}: the sweep has no such run")
     processes.join()
     local.leave_with_parent()
     try:
-        single.run_member(workdir, own[0], options.data, options.manifest)
+        unit = [by_name[name] for name in names]
+        single.run_unit(workdir, unit, options.data, options.manifest)
     except Interrupted:
         raise
     except BaseException:
@@ -96,14 +122,20 @@ def _run_member(workdir: epath.Path, every: list[members.Member]) -> None:
         raise
 
 
-def _run_here(todo: list[members.Member], is_done: Callable[[members.Member], bool]) -> list[str]:
-    """Runs members as processes of this machine; the names of those that failed."""
+def _run_here(work: Work) -> list[str]:
+    """Runs units as processes of this machine; the names of those that failed."""
     options = flags.FLAGS
     if "://" in options.workdir:
         raise ValueError(f"--workdir={options.workdir}: --backend=local needs a folder")
-    single.prepare(todo, options.data, options.manifest)
-    workdir = pathlib.Path(options.workdir)
-    return local.run_all(workdir, todo, is_done, _child, jobs=options.jobs, minutes=options.minutes)
+    single.prepare(work.first(), options.data, options.manifest)
+    return local.run_all(
+        pathlib.Path(options.workdir),
+        work.first(),
+        work.is_done,
+        work.child,
+        jobs=options.jobs,
+        minutes=options.minutes,
+    )
 
 
 # --- Cloud TPU
@@ -128,13 +160,7 @@ def _tpu_site() -> gcloud.Site:
     )
 
 
-def _tpu_words(name: str) -> list[str]:
-    """As `_child`, on a host, in the root of the clone there."""
-    python = ["env", f"EQST_COMMIT={card.commit()}", ".venv/bin/python", "-u"]
-    return [*python, "launch/sweep.py", *sys.argv[1:], f"--member={name}"]
-
-
-def _tpu_plan(is_done: Callable[[members.Member], bool], folder: pathlib.Path) -> pool.Plan:
+def _tpu_plan(work: Work, folder: pathlib.Path) -> pool.Plan:
     """What hosts are to do, with the clone as an archive in `folder`."""
     options = flags.FLAGS
     file = pathlib.Path(_config_path().partition(":")[0])
@@ -148,7 +174,14 @@ def _tpu_plan(is_done: Callable[[members.Member], bool], folder: pathlib.Path) -
     shipped = [str(archive), str(ROOT / "launch" / gcloud.HOST_SCRIPT)]
     # Another --setup is another clone, as far as hosts are concerned.
     name = card.digest(f"{name} {options.setup}")[:12]
-    return pool.Plan(options.workdir.rstrip("/"), name, shipped, options.setup, _tpu_words, is_done)
+    python = ["env", f"EQST_COMMIT={card.commit()}", ".venv/bin/python", "-u", "launch/sweep.py"]
+
+    def words(name: str) -> list[str]:
+        """As `Work.child`, on a host, in the root of the clone there."""
+        return [*python, *work.words(name)]
+
+    workdir = options.workdir.rstrip("/")
+    return pool.Plan(workdir, name, shipped, options.setup, words, work.is_done)
 
 
 def _tpu_time() -> pool.Clock:
@@ -167,10 +200,8 @@ def _tpu_time() -> pool.Clock:
     return pool.Clock(time.monotonic, gcloud.pause_until(stopped))
 
 
-def _run_on_tpus(
-    todo: list[members.Member], is_done: Callable[[members.Member], bool]
-) -> list[str]:
-    """Runs members on Cloud TPUs; the names of those that failed."""
+def _run_on_tpus(work: Work) -> list[str]:
+    """Runs units on Cloud TPUs; the names of those that failed."""
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
     held = files.cache_folder() / "sweeps" / queued.prefix(options.workdir)
@@ -178,9 +209,11 @@ def _run_on_tpus(
     _held = lock.hold(epath.Path(held))  # of two sweeps each would delete what the other makes
     with tempfile.TemporaryDirectory() as folder:
         clock = _tpu_time()
-        plan = _tpu_plan(is_done, pathlib.Path(folder))
+        plan = _tpu_plan(work, pathlib.Path(folder))
         cloud = gcloud.Cloud(_tpu_site(), gcloud.run, clock.pause, say)
-        requests = pool.Pool(cloud, plan, todo, clock, say, jobs=options.jobs, keep=options.keep)
+        requests = pool.Pool(
+            cloud, plan, work.first(), clock, say, jobs=options.jobs, keep=options.keep
+        )
         return pool.run_all(requests, clock, options.poll_seconds)
 
 
@@ -219,6 +252,12 @@ def _gather(
     print(f"gathered: {workdir}/sweep.json, table.md")
 
 
+def _work(todo: list[members.Member], is_done: Callable[[members.Member], bool]) -> Work:
+    """Runs to do, in units of --replicas."""
+    units = members.units(todo, flags.FLAGS.replicas)
+    return Work(units, lambda member: all(is_done(x) for x in units[member.name]))
+
+
 def main() -> None:
     """The command."""
     options = flags.FLAGS
@@ -230,18 +269,19 @@ def main() -> None:
     if on_tpus:
         pool.require_bucket(options.workdir)
     if options.dry_run:
-        print("\n".join(_dry_lines(chosen, config.validate(options.config))))
+        work = _work(chosen, is_done)
+        print("\n".join(_dry_lines(work, config.validate(options.config))))
         if on_tpus:
             with tempfile.TemporaryDirectory() as folder:
-                plan = _tpu_plan(is_done, pathlib.Path(folder))
-                print("\n".join(pool.dry_lines(_tpu_site(), plan, chosen)))
+                plan = _tpu_plan(work, pathlib.Path(folder))
+                print("\n".join(pool.dry_lines(_tpu_site(), plan, work.first())))
         return
     if on_tpus and options.cancel:
         _cancel()
         return
     try:
         if options.member:
-            _run_member(workdir, every)
+            _run_unit(workdir, every)
             return
         known = {}
         if options.known:
@@ -255,7 +295,8 @@ def main() -> None:
             run = {"local": _run_here, "tpu": _run_on_tpus}[options.backend]
             todo = [x for x in chosen if x.name not in known and not is_done(x)]
             print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them done", flush=True)
-            failed = run(todo, is_done)
+            work = _work(todo, is_done)
+            failed = [x.name for name in run(work) for x in work.units[name] if not is_done(x)]
     except Interrupted as event:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -338,3 +338,57 @@ def test_a_member_of_two_processes(repo: Path, tmp_path: Path, config_file: Path
             errors.append([float(row["shape_rmse_db"]) for row in csv.DictReader(file)])
     assert len(errors[0]) == 16  # two protocols of eight pairs
     assert np.allclose(*errors, atol=0.02)
+
+
+RATES = (
+    CONFIG.replace("def sweep", "def other_sweep")
+    + """
+def sweep(argument=""):
+    for seed in range(2):
+        for rate in (1e-3, 3e-3):
+            yield "rate", str(rate), seed, {"train.learning_rate": rate}
+    yield "rate", "continuous", 0, {"model.head": "continuous"}
+    if argument:
+        wild = {"train.learning_rate": 9.0, "train.weight_decay": 9.0, "train.warmup_steps": 0}
+        yield "rate", "wild", 0, wild | {"train.steps": 40}
+        yield "rate", "tame", 0, {"train.warmup_steps": 0, "train.steps": 40}
+"""
+)
+
+
+def test_units_are_of_runs_that_can_share_a_program(tmp_path: Path) -> None:
+    path = tmp_path / "rates.py"
+    path.write_text(RATES)
+    runs = members_of(path, "wild")
+    names = {first: [x.name for x in unit] for first, unit in members.units(runs, 3).items()}
+    assert names == {
+        "rate/0.001/0": ["rate/0.001/0", "rate/0.003/0", "rate/0.001/1"],
+        "rate/0.003/1": ["rate/0.003/1"],
+        "rate/continuous/0": ["rate/continuous/0"],
+        "rate/wild/0": ["rate/wild/0", "rate/tame/0"],
+    }
+    assert all(len(unit) == 1 for unit in members.units(runs, 1).values())
+
+
+@pytest.mark.long
+def test_a_sweep_of_programs_gives_what_a_sweep_of_runs_does(repo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rates.py"
+    path.write_text(RATES)
+    common = (f"--config={path}:wild", "--jobs=2")
+    alone = run(repo, *common, f"--workdir={tmp_path / 'alone'}")
+    together = run(repo, *common, f"--workdir={tmp_path / 'together'}", "--replicas=4")
+    for done in (alone, together):
+        assert done.returncode == 1 and "1 of 7 runs failed: rate/wild/0" in done.stderr, done
+    tables = [
+        json.loads((tmp_path / name / "sweep.json").read_text())["tables"]["rate"]
+        for name in ("alone", "together")
+    ]
+    for left, right in zip(*tables, strict=True):
+        assert (left["level"], left["seeds"]) == (right["level"], right["seeds"])
+        for name, figure in left["figures"].items():
+            assert right["figures"][name]["mean"] == pytest.approx(figure["mean"], abs=2e-3)
+    log = (tmp_path / "together/rate/0.001/0/log.txt").read_text()
+    assert (
+        "4 of them in one program" in log
+        and not (tmp_path / "together/rate/0.003/0/log.txt").exists()
+    )

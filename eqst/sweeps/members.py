@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from eqst import card, config
+from eqst import card, config, learner
 from eqst.config import FREE_KEYS, differing_keys
 
 
@@ -129,3 +129,26 @@ def chosen(members: list[Member], pattern: str) -> list[Member]:
 def changes(member: Member, base: config.Config) -> str:
     """What a member's settings change of the sweep's base, 'key: old -> new; ..'."""
     return "; ".join(differing_keys(config.as_dict(base), config.as_dict(member.config)))
+
+
+def units(chosen: list[Member], most: int) -> dict[str, list[Member]]:
+    """Runs that are started together, by the name of the first: up to `most` as one program.
+
+    Together are those that differ in `learner.KNOBS` alone and train from the resident path; what
+    cannot share a program is a unit of its own.
+    """
+    found: dict[str, list[Member]] = {}
+    open_units: dict[str, list[Member]] = {}
+    for member in chosen:
+        plain = result_settings(member.config)
+        for key in learner.KNOBS:
+            group, _, name = key.rpartition(".")
+            (plain[group] if group else plain).pop(name)
+        program = json.dumps(plain, sort_keys=True)
+        unit = open_units[program] if program in open_units else []
+        resident = member.config.data.pipeline == "resident"
+        if unit and len(unit) < most and resident:
+            unit.append(member)
+        else:
+            found[member.name] = open_units[program] = [member]
+    return found

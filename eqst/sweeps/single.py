@@ -1,16 +1,17 @@
-"""One run of a sweep, from wherever it stopped to its errors on held-out talkers."""
+"""A unit of a sweep, from wherever it stopped to its runs' errors on held-out talkers."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 from etils import epath
 
-from eqst import card, corpus, evaluate, files, trials
+from eqst import card, checkpoint, config, corpus, evaluate, files, trials
 from eqst.sweeps.members import Member
-from eqst.train import train
+from eqst.train import train, train_together
 
 
 def prepare(members: list[Member], data: str, manifest: str) -> None:
@@ -25,15 +26,43 @@ def prepare(members: list[Member], data: str, manifest: str) -> None:
                 corpus.open_corpus(chosen, name, functools.partial(print, flush=True))
 
 
-def run_member(workdir: epath.Path, member: Member, data: str, manifest: str) -> None:
-    """Trains and evaluates one member, or what is left of it.
+def run_unit(workdir: epath.Path, unit: list[Member], data: str, manifest: str) -> None:
+    """Trains the members of a unit as one program and evaluates them, or what is left of that.
 
-    Of several processes all evaluate, which keeps them together, and the first one writes.
+    Those that have no step in common to go on from are trained one after the other. Of several
+    processes all evaluate, which keeps them together, and the first one writes.
+
+    Raises:
+      FloatingPointError: at the end, for members whose loss was not finite.
     """
-    first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else _nothing
-    folder = workdir / member.name
-    train(member.config, folder, say)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else _nothing
+    folders = [workdir / member.name for member in unit]
+    failure: FloatingPointError | None = None
+    try:
+        train_together([member.config for member in unit], folders, say)
+    except FloatingPointError as error:
+        failure = error
+    except config.ConfigError as error:
+        if len(unit) == 1:
+            raise
+        say(f"one after the other: {error}")
+        for member, folder in zip(unit, folders, strict=True):
+            try:
+                train(member.config, folder, say)
+            except FloatingPointError as diverged:
+                failure = diverged
+    for member, folder in zip(unit, folders, strict=True):
+        if failure and checkpoint.load(folder, which="last").step < member.config.train.steps:
+            continue
+        _judge(folder, member, data, manifest, say)
+    if failure:
+        raise failure
+
+
+def _judge(
+    folder: epath.Path, member: Member, data: str, manifest: str, say: Callable[[str], None]
+) -> None:
+    """Evaluates a run that is trained, and writes what it comes to."""
     run = trials.open_run(folder)
     selected, split = evaluate.select(member.config, data, manifest, "dev")
     held_out = corpus.open_corpus(selected, split, say)
@@ -42,7 +71,7 @@ def run_member(workdir: epath.Path, member: Member, data: str, manifest: str) ->
     )
     facts = {"commit": run.commit, "step": run.step, "machine": evaluate.machine()}
     results = {**facts, "recordings": [data, manifest], **results}
-    if first:
+    if jax.process_index() == 0:
         _write(folder / "heldout", files.json_text(results), evaluate.errors_text(errors))
 
 
