@@ -85,7 +85,7 @@ class Pool:
         jobs: int,
         keep: bool,
     ):
-        """Takes over the requests that are there, and looks at most at `jobs`.
+        """Takes over the requests that are there.
 
         Args:
           cloud: of the site.
@@ -93,7 +93,7 @@ class Pool:
           waiting: the runs, in this order.
           time: its clock.
           say: called with each line of progress.
-          jobs: requests at a time.
+          jobs: requests at a time, but for those that are there and at work.
           keep: what is not needed is left, not deleted.
         """
         self._cloud, self._plan, self._time, self._say = cloud, plan, time, say
@@ -105,13 +105,14 @@ class Pool:
         self._ever_heard = False
         self._began = time.now()
         found = self._found()
-        names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
+        self._names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
         wrong = [name for name, entry in found.items() if self._other_kind(entry)]
         if wrong:
             say(f"{', '.join(wrong)}: of another type than {cloud.site.accelerator_type}, deleted")
             self._delete(wrong)
             found = self._found()
-        self.slots = [Slot(name, unknown=name in found) for name in dict.fromkeys([*names, *found])]
+        names = dict.fromkeys([*self._names, *found])
+        self.slots = [Slot(name, unknown=name in found) for name in names]
         if found:
             say(f"found {', '.join(found)}")
 
@@ -139,7 +140,7 @@ class Pool:
             self._settle(slot)
         for slot in self.slots:
             wanted = slot.member is not None or slot in self._useful()
-            if self._keep and not wanted:
+            if self._keep and not wanted and not slot.unknown:
                 continue
             free = bool(self._waiting) and not any(other.unknown for other in self.slots)
             action = decide(
@@ -158,7 +159,7 @@ class Pool:
         if entry is None:
             return Seen(ABSENT)
         state = entry["state"]["state"]
-        if state == "FAILED" and "failedData" in entry["state"]:
+        if state == "FAILED" and "failedData" in entry["state"] and not slot.unknown:
             why = entry["state"]["failedData"]["error"]["message"]
             if gcloud.is_quota(why):
                 raise PersonNeeded(f"{slot.name}: {why}: ask for more quota, or lower --jobs")
@@ -206,10 +207,13 @@ class Pool:
             slot.unknown = bool(not slot.job and (job or running))
 
     def _useful(self) -> list[Slot]:
-        """The requests without a run that will get one: as many as wait, the nearest first."""
-        rank = [(s.seen.request == ABSENT, s.seen.request != ACTIVE, s.name) for s in self.slots]
-        order = [slot for _, slot in sorted(zip(rank, self.slots, strict=True), key=lambda x: x[0])]
-        return [slot for slot in order if not slot.member][: len(self._waiting)]
+        """The requests without a run that will get one: as many as wait, the nearest first.
+
+        Those of an earlier command with more --jobs get none.
+        """
+        idle = [slot for slot in self.slots if not slot.member and slot.name in self._names]
+        idle.sort(key=lambda slot: (slot.seen.request == ABSENT, slot.seen.request != ACTIVE))
+        return idle[: len(self._waiting)]
 
     # --- acting
 
@@ -251,6 +255,7 @@ class Pool:
         self._note(slot, answer, "cannot be set up yet")
 
     def _start(self, slot: Slot) -> None:
+        self._setup_failures = 0
         if slot.member is None:
             slot.member = self._waiting.pop(0)
         if not slot.job:
