@@ -13,11 +13,9 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from eqst.record import clock
 from eqst.sweeps import gcloud
-from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Cloud, PersonNeeded, Site, said
+from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Clock, Cloud, PersonNeeded, Site, said
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
 from eqst.sweeps.queued import (
@@ -62,13 +60,6 @@ class Plan(NamedTuple):
     setup: str
     words: Callable[[str], list[str]]
     is_done: Callable[[Member], bool]
-
-
-class Clock(NamedTuple):
-    """Time as the sweep sees it: `pause` ends by an exception where the sweep is to end."""
-
-    now: Callable[[], float]
-    pause: Callable[[float], None]
 
 
 class Pool:
@@ -407,40 +398,6 @@ def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
             f"NOT DELETED, and perhaps paid for: {', '.join(left)} ({error}); the same command "
             "with --cancel deletes them"
         ) from None
-
-
-def require_bucket(workdir: str) -> None:
-    """Refuses a workdir that not every host of every TPU shares.
-
-    Raises:
-      ValueError: it is no bucket.
-    """
-    if not workdir.startswith("gs://"):
-        raise ValueError(
-            f"--workdir={workdir}: with --backend=tpu every host writes there, and TPUs come and "
-            "go: give a bucket, --workdir=gs://BUCKET/FOLDER"
-        )
-
-
-def try_bucket(workdir: str) -> None:
-    """Tries whether a bucket can be used from here, by the library that will.
-
-    Raises:
-      ValueError: this machine cannot write to it, read it and delete in it.
-    """
-    path = epath.Path(workdir) / f".eqst-{secrets.token_hex(4)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("eqst")
-        whole = path.read_text() == "eqst"
-        path.unlink()
-    except Exception as error:  # of whichever library reads buckets here
-        raise ValueError(
-            f"--workdir={workdir} cannot be used from here ({type(error).__name__}: "
-            f"{str(error)[:200]}): pip install -e '.[data]', gcloud auth application-default login"
-        ) from None
-    if not whole:
-        raise ValueError(f"--workdir={workdir} does not give back what was written to it")
 
 
 def cancel(cloud: Cloud, workdir: str, time: Clock) -> list[str]:
