@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from eqst import card, charts, command, comparison, config, files, lock, processes
 from eqst.stopping import EXIT_INTERRUPTED, Interrupted
-from eqst.sweeps import clone, gcloud, local, members, outcomes, pool, queued, single
+from eqst.sweeps import bucket, clone, gcloud, local, members, outcomes, pool, queued, single
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -267,7 +267,7 @@ def main() -> None:
     is_done = functools.partial(members.done, workdir, data=options.data, manifest=options.manifest)
     on_tpus = options.backend == "tpu"
     if on_tpus:
-        pool.require_bucket(options.workdir)
+        bucket.require(options.workdir)
     if options.dry_run:
         work = _work(chosen, is_done)
         print("\n".join(_dry_lines(work, config.validate(options.config))))
@@ -291,7 +291,7 @@ def main() -> None:
         failed = []
         if not options.gather:
             if on_tpus:
-                pool.try_bucket(options.workdir)
+                bucket.probe(options.workdir)
             run = {"local": _run_here, "tpu": _run_on_tpus}[options.backend]
             todo = [x for x in chosen if x.name not in known and not is_done(x)]
             print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them done", flush=True)

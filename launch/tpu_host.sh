@@ -139,29 +139,34 @@ state() {
   echo "eqst $(hostname) $setup $job"
 }
 
-action=${1:-}
-[ $# -gt 0 ] && shift
-case $action in
-  setup) launch setup "$1" _setup "$2" ;;
-  _setup)
-    (make "$1")
-    ended setup $?
-    ;;
-  start)
-    job=$1
-    shift
-    launch job "$job" _run "$@"
-    ;;
-  _run) run "$@" ;;
-  state) state ;;
-  stop) if alive job; then kill -TERM "$(cut -d' ' -f1 "$home/job.pid")"; fi ;;
-  last)
-    for name in job setup; do
-      [ -s "$home/$name.log" ] && grep -v '^ *$' "$home/$name.log" | tail -n 1 && break
-    done
-    ;;
-  *)
-    echo "tpu_host.sh: give setup, start, state, stop or last" >&2
-    exit 2
-    ;;
-esac
+# In braces, so that all of it is read before any of it is done: another clone may bring another
+# script while this one works.
+{
+  action=${1:-}
+  [ $# -gt 0 ] && shift
+  case $action in
+    setup) launch setup "$1" _setup "$2" ;;
+    _setup)
+      (make "$1")
+      ended setup $?
+      ;;
+    start)
+      job=$1
+      shift
+      launch job "$job" _run "$@"
+      ;;
+    _run) run "$@" ;;
+    state) state ;;
+    stop) if alive job; then kill -TERM "$(cut -d' ' -f1 "$home/job.pid")"; fi ;;
+    last)
+      for name in job setup; do
+        [ -s "$home/$name.log" ] && grep -v '^ *$' "$home/$name.log" | tail -n 1 && break
+      done
+      ;;
+    *)
+      echo "tpu_host.sh: give setup, start, state, stop or last" >&2
+      exit 2
+      ;;
+  esac
+  exit
+}

@@ -14,7 +14,8 @@ from test_sweep import members_of, write_member
 from test_train import POOLED, TINY, silent
 
 from eqst import card, checkpoint, record, train
-from eqst.sweeps import members, outcomes, pool, single
+from eqst.sweeps import bucket as bucket_checks
+from eqst.sweeps import members, outcomes, single
 
 
 @pytest.fixture
@@ -123,10 +124,10 @@ def test_a_sweep_reads_members_of_a_bucket(bucket: buckets.Bucket, tmp_path: Pat
 def test_which_workdirs_are_refused(bucket: buckets.Bucket, monkeypatch) -> None:
     for wrong in ("runs/a", "/runs/a", "s3://b/a", "gs:/b"):
         with pytest.raises(ValueError, match=r"give a bucket, --workdir=gs://BUCKET/FOLDER"):
-            pool.require_bucket(wrong)
-    pool.require_bucket("gs://b/a")
-    pool.try_bucket("gs://b/a")
+            bucket_checks.require(wrong)
+    bucket_checks.require("gs://b/a")
+    bucket_checks.probe("gs://b/a")
     assert not epath.Path("gs://b/a").exists()  # it leaves nothing
     monkeypatch.setattr(bucket, "open", lambda *_: (_ for _ in ()).throw(OSError("403 no right")))
     with pytest.raises(ValueError, match="gs://b/a cannot be used from here .*403.*gcloud auth"):
-        pool.try_bucket("gs://b/a")
+        bucket_checks.probe("gs://b/a")

@@ -489,6 +489,25 @@ def test_cancel_deletes_what_is_of_this_workdir_alone(world: World) -> None:
     assert set(world.cloud.requests) == {"eqst-0000000000-0", "someone-else"}
 
 
+def test_fewer_jobs_than_before_give_back_what_is_too_much(world: World) -> None:
+    world.stops = [260]
+    with pytest.raises(Interrupted):
+        world.sweep(jobs=3, keep=True)
+    assert len(world.cloud.requests) == 3
+    world.members += [Member(f"f/more/{i}", config.Config(seed=9 + i), ()) for i in range(3)]
+    starts = len([call for call in world.cloud.calls if "tpu_host.sh start" in call[-1]])
+    assert world.sweep(jobs=1) == []
+    assert world.finished() and world.cloud.made == 3
+    later = [call for call in world.cloud.calls if "tpu_host.sh start" in call[-1]][starts:]
+    assert {call[5] for call in later} == {FIRST}
+
+
+def test_a_quota_that_an_earlier_sweep_ran_into_does_not_stop_this_one(world: World) -> None:
+    world.cloud._queued_resources_create([FIRST], {"--accelerator-type": "v5p-16"})
+    world.cloud.requests[FIRST].update(forced="FAILED", message="Quota limit exceeded")
+    assert world.sweep() == [] and world.finished()
+
+
 def test_another_type_is_not_taken_over(world: World) -> None:
     world.cloud._queued_resources_create([FIRST], {"--accelerator-type": "v4-8"})
     assert world.sweep() == []

@@ -58,6 +58,13 @@ class Answer(NamedTuple):
     err: str
 
 
+class Clock(NamedTuple):
+    """Time as the sweep sees it: `pause` ends by an exception where the sweep is to end."""
+
+    now: Callable[[], float]
+    pause: Callable[[float], None]
+
+
 class Site(NamedTuple):
     """Where requests are made, and of what.
 

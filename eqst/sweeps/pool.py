@@ -13,12 +13,10 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from eqst.record import clock
 from eqst.stopping import EXIT_INTERRUPTED, Interrupted
 from eqst.sweeps import gcloud
-from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Cloud, PersonNeeded, Site, said
+from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Clock, Cloud, PersonNeeded, Site, said
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
 from eqst.sweeps.queued import (
@@ -64,13 +62,6 @@ class Plan(NamedTuple):
     is_done: Callable[[Member], bool]
 
 
-class Clock(NamedTuple):
-    """Time as the sweep sees it: `pause` ends by an exception where the sweep is to end."""
-
-    now: Callable[[], float]
-    pause: Callable[[float], None]
-
-
 class Pool:
     """The requests of one sweep."""
 
@@ -85,7 +76,7 @@ class Pool:
         jobs: int,
         keep: bool,
     ):
-        """Takes over the requests that are there, and looks at most at `jobs`.
+        """Takes over the requests that are there.
 
         Args:
           cloud: of the site.
@@ -93,7 +84,7 @@ class Pool:
           waiting: the runs, in this order.
           time: its clock.
           say: called with each line of progress.
-          jobs: requests at a time.
+          jobs: requests at a time, but for those that are there and at work.
           keep: what is not needed is left, not deleted.
         """
         self._cloud, self._plan, self._time, self._say = cloud, plan, time, say
@@ -105,13 +96,14 @@ class Pool:
         self._ever_heard = False
         self._began = time.now()
         found = self._found()
-        names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
+        self._names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
         wrong = [name for name, entry in found.items() if self._other_kind(entry)]
         if wrong:
             say(f"{', '.join(wrong)}: of another type than {cloud.site.accelerator_type}, deleted")
             self._delete(wrong)
             found = self._found()
-        self.slots = [Slot(name, unknown=name in found) for name in dict.fromkeys([*names, *found])]
+        names = dict.fromkeys([*self._names, *found])
+        self.slots = [Slot(name, unknown=name in found) for name in names]
         if found:
             say(f"found {', '.join(found)}")
 
@@ -139,7 +131,7 @@ class Pool:
             self._settle(slot)
         for slot in self.slots:
             wanted = slot.member is not None or slot in self._useful()
-            if self._keep and not wanted:
+            if self._keep and not wanted and not slot.unknown:
                 continue
             free = bool(self._waiting) and not any(other.unknown for other in self.slots)
             action = decide(
@@ -158,7 +150,7 @@ class Pool:
         if entry is None:
             return Seen(ABSENT)
         state = entry["state"]["state"]
-        if state == "FAILED" and "failedData" in entry["state"]:
+        if state == "FAILED" and "failedData" in entry["state"] and not slot.unknown:
             why = entry["state"]["failedData"]["error"]["message"]
             if gcloud.is_quota(why):
                 raise PersonNeeded(f"{slot.name}: {why}: ask for more quota, or lower --jobs")
@@ -206,10 +198,13 @@ class Pool:
             slot.unknown = bool(not slot.job and (job or running))
 
     def _useful(self) -> list[Slot]:
-        """The requests without a run that will get one: as many as wait, the nearest first."""
-        rank = [(s.seen.request == ABSENT, s.seen.request != ACTIVE, s.name) for s in self.slots]
-        order = [slot for _, slot in sorted(zip(rank, self.slots, strict=True), key=lambda x: x[0])]
-        return [slot for slot in order if not slot.member][: len(self._waiting)]
+        """The requests without a run that will get one: as many as wait, the nearest first.
+
+        Those of an earlier command with more --jobs get none.
+        """
+        idle = [slot for slot in self.slots if not slot.member and slot.name in self._names]
+        idle.sort(key=lambda slot: (slot.seen.request == ABSENT, slot.seen.request != ACTIVE))
+        return idle[: len(self._waiting)]
 
     # --- acting
 
@@ -251,6 +246,7 @@ class Pool:
         self._note(slot, answer, "cannot be set up yet")
 
     def _start(self, slot: Slot) -> None:
+        self._setup_failures = 0
         if slot.member is None:
             slot.member = self._waiting.pop(0)
         if not slot.job:
@@ -402,40 +398,6 @@ def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
             f"NOT DELETED, and perhaps paid for: {', '.join(left)} ({error}); the same command "
             "with --cancel deletes them"
         ) from None
-
-
-def require_bucket(workdir: str) -> None:
-    """Refuses a workdir that not every host of every TPU shares.
-
-    Raises:
-      ValueError: it is no bucket.
-    """
-    if not workdir.startswith("gs://"):
-        raise ValueError(
-            f"--workdir={workdir}: with --backend=tpu every host writes there, and TPUs come and "
-            "go: give a bucket, --workdir=gs://BUCKET/FOLDER"
-        )
-
-
-def try_bucket(workdir: str) -> None:
-    """Tries whether a bucket can be used from here, by the library that will.
-
-    Raises:
-      ValueError: this machine cannot write to it, read it and delete in it.
-    """
-    path = epath.Path(workdir) / f".eqst-{secrets.token_hex(4)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("eqst")
-        whole = path.read_text() == "eqst"
-        path.unlink()
-    except Exception as error:  # of whichever library reads buckets here
-        raise ValueError(
-            f"--workdir={workdir} cannot be used from here ({type(error).__name__}: "
-            f"{str(error)[:200]}): pip install -e '.[data]', gcloud auth application-default login"
-        ) from None
-    if not whole:
-        raise ValueError(f"--workdir={workdir} does not give back what was written to it")
 
 
 def cancel(cloud: Cloud, workdir: str, time: Clock) -> list[str]:
