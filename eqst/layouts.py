@@ -119,7 +119,7 @@ def find(
       layout: one of `LAYOUTS`, or None to guess.
       stems: which of a track's files, under "musdb".
       manifest: a CSV with the columns path and split, and perhaps talker: files it does not list
-        are passed over, and what it says goes before what the layout says.
+        are passed over, as is what it lists elsewhere; it goes before what the layout says.
       permissive_only: take the manifest's files with "yes" in the column permissive.
 
     Raises:
@@ -131,9 +131,11 @@ def find(
     if manifest is not None:
         listed = corpus.read_manifest(manifest, permissive_only)
         there = {(root / path).resolve(): path for path in paths}
+        base = root.resolve()
         rejected = [
-            Reject(text(x), "absent", f"{manifest.name} lists it, but it is not under --data")
-            for x in _relative(root, [x for x in listed if x not in there])
+            Reject(text(path.relative_to(base)), "absent", f"{manifest.name} lists it")
+            for path in listed
+            if path not in there and path.is_relative_to(base)
         ]
         paths = [path for resolved, path in there.items() if resolved in listed]
     if not paths:
@@ -170,12 +172,3 @@ def find(
         )
     ordered = dict(sorted(files.items(), key=lambda item: item[0].recording))
     return Found(layout, ordered, rejected)
-
-
-def _relative(root: pathlib.Path, paths: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Resolved paths as they are in the folder, or by name alone where they are not in it."""
-    base = root.resolve()
-    return [
-        path.relative_to(base) if path.is_relative_to(base) else pathlib.Path(path.name)
-        for path in paths
-    ]

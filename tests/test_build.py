@@ -327,6 +327,7 @@ def test_manifest_says_split_and_talker(folder, tmp_path):
         ("dee/000.wav", "dev", ""),
         ("bob/deep/000.wav", "test", ""),
         ("ann/gone.wav", "train", "one"),
+        ("../elsewhere.wav", "train", "two"),
     ]
     place, info = made(folder, tmp_path / "sets", manifest_file=listing(rows))
     assert {(x["recording"], x["split"]) for x in info["recordings"]} == {
