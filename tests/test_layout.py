@@ -41,6 +41,7 @@ ORDER = (
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
     # a sweep's runs
     *("sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
+    *("sweeps.turn", "sweeps.progress", "sweeps.slurm"),
     # the open benchmark
     *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
     # the page

@@ -8,10 +8,11 @@ WORKDIR/FACTOR/LEVEL/SEED, which says by itself whether it is done.
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 import runpy
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from eqst import card, config
 from eqst.train import FREE_KEYS, differing_keys
@@ -82,9 +83,10 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
 
 
-def done(workdir: pathlib.Path, member: Member, data: str = "", manifest: str = "") -> bool:
+def done(workdir: epath.Path, member: Member, data: str = "", manifest: str = "") -> bool:
     """Whether a member has been trained and evaluated, with these settings, on these recordings.
 
+    `workdir` is a folder or in a bucket.
     One of other settings or with a damaged card is not done: training will refuse its folder, or
     mend it, and say why. One that was evaluated on other recordings is evaluated again.
     """
@@ -93,7 +95,7 @@ def done(workdir: pathlib.Path, member: Member, data: str = "", manifest: str = 
         return False
     try:
         stored = config.from_card(card.card_of(folder)["config"])
-        results = json.loads((folder / "heldout" / "results.json").read_text(encoding="utf-8"))
+        results = json.loads((folder / "heldout" / "results.json").read_text())
     except (ValueError, OSError):
         return False
     if "recordings" in results and results["recordings"] != [data, manifest]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 
-from eqst import corpus, evaluate, files, trials
+import jax
+from etils import epath
+
+from eqst import card, corpus, evaluate, files, trials
 from eqst.sweeps.members import Member
 from eqst.train import train
 
@@ -23,9 +25,13 @@ def prepare(members: list[Member], data: str, manifest: str) -> None:
                 corpus.open_corpus(chosen, name, functools.partial(print, flush=True))
 
 
-def run_member(workdir: pathlib.Path, member: Member, data: str, manifest: str) -> None:
-    """Trains and evaluates one member, or what is left of it."""
-    say = functools.partial(print, flush=True)
+def run_member(workdir: epath.Path, member: Member, data: str, manifest: str) -> None:
+    """Trains and evaluates one member, or what is left of it.
+
+    Of several processes all evaluate, which keeps them together, and the first one writes.
+    """
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else _nothing
     folder = workdir / member.name
     train(member.config, folder, say)
     run = trials.open_run(folder)
@@ -36,7 +42,17 @@ def run_member(workdir: pathlib.Path, member: Member, data: str, manifest: str) 
     )
     facts = {"commit": run.commit, "step": run.step, "machine": evaluate.machine()}
     results = {**facts, "recordings": [data, manifest], **results}
-    with files.result_folder(folder / "heldout", overwrite=True) as output:
-        files.write_json(output / "results.json", results)
-        # Last: it is what makes the member count as done.
-        files.write_text(output / "errors.csv", evaluate.errors_text(errors))
+    if first:
+        _write(folder / "heldout", files.json_text(results), evaluate.errors_text(errors))
+
+
+def _nothing(_: str) -> None:
+    """Says nothing."""
+
+
+def _write(folder: epath.Path, results: str, errors: str) -> None:
+    """The errors come last: they are what makes the member count as done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "errors.csv").unlink(missing_ok=True)  # those of other recordings
+    card.write_whole(folder / "results.json", results)
+    card.write_whole(folder / "errors.csv", errors)
