@@ -146,8 +146,13 @@ def _run_on_slurm(
     if not options.wait:
         return failed
     stop, began, said = local.Interruption(), time.monotonic(), ""
-    while array.goes_on():
-        text = progress.summary(_rows(epath.Path(options.workdir), todo))
+    while True:
+        try:
+            if not array.goes_on():
+                return [member.name for member in todo if not is_done(member)]
+            text = progress.summary(_rows(epath.Path(options.workdir), todo))
+        except slurm.Silent as error:  # it may be back soon
+            text = str(error)
         if text != said:
             say(text)
         said = text
@@ -158,22 +163,30 @@ def _run_on_slurm(
                 why = stop.name or f"the {options.minutes:g} minutes are over"
                 raise Interrupted(f"{why}: the jobs go on; the same command follows them again")
             time.sleep(0.2)
-    return [member.name for member in todo if not is_done(member)]
 
 
 # --- the command
 
 
-def _rows(workdir: epath.Path, chosen: list[members.Member]) -> list[progress.Progress]:
-    """How far each run is, by its folder and by the backend."""
+def _rows(
+    workdir: epath.Path, chosen: list[members.Member], *, alone: bool = False
+) -> list[progress.Progress]:
+    """How far each run is, by its folder and (but with `alone`) by what the backend says."""
     options = flags.FLAGS
     rows = [progress.read(workdir, x, options.data, options.manifest) for x in chosen]
-    if options.backend == "slurm":
-        try:
-            rows = progress.told(rows, slurm.words(_slurm_sweep().workdir))
-        except ValueError as error:
-            print(f"note: by the folders alone; {error}", flush=True)
+    if options.backend == "slurm" and not alone:
+        rows = progress.told(rows, slurm.words(_slurm_sweep().workdir))
     return rows
+
+
+def _status(workdir: epath.Path, chosen: list[members.Member]) -> None:
+    """Prints how far each run is; reads only."""
+    try:
+        rows = _rows(workdir, chosen)
+    except slurm.Silent as error:
+        print(f"note: by the folders alone; {error}")
+        rows = _rows(workdir, chosen, alone=True)
+    print(progress.table(rows))
 
 
 def _gather(
@@ -212,7 +225,7 @@ def main() -> None:
             print(slurm.dry_text(_slurm_sweep(), [x.name for x in chosen if not is_done(x)]))
         return
     if options.status:
-        print(progress.table(_rows(workdir, chosen)))
+        _status(workdir, chosen)
         return
     if options.cancel and on_slurm:
         jobs = slurm.cancel(slurm.submissions(_slurm_sweep().workdir))

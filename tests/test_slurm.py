@@ -117,7 +117,7 @@ def test_killed_before_sbatch_answers(fake: Path, repo: Path, tmp_path: Path, ru
     sweep = sweep_in(repo, tmp_path / "w")
     (fake / "sbatch.code").write_text("1")
     (fake / "sbatch.err").write_text("sbatch: error: Socket timed out on send/recv operation\n")
-    with pytest.raises(ValueError, match="Slurm does not answer .*Socket timed out"):
+    with pytest.raises(slurm.Silent, match="Slurm does not answer .*Socket timed out"):
         array(sweep, runs, Done()).submit()
     (entry,) = slurm.submissions(tmp_path / "w")
     assert entry.job == ""
@@ -182,7 +182,7 @@ def test_without_slurm_and_with_wrong_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no sbatch here: start --backend=slurm where"):
+    with pytest.raises(slurm.Silent, match="there is no sbatch here: start --backend=slurm where"):
         slurm.call(["sbatch"])
     assert slurm.options("sbatch", "--gres=gpu:1 --comment='a b'") == [
         "--gres=gpu:1",

@@ -74,6 +74,10 @@ class Element(NamedTuple):
     reason: str
 
 
+class Silent(ValueError):
+    """Slurm does not answer, or is not here."""
+
+
 def options(flag: str, text: str) -> list[str]:
     """The words of --sbatch or --srun.
 
@@ -183,23 +187,24 @@ def call(words: list[str]) -> str:
     """Runs one of Slurm's commands; what it prints.
 
     Raises:
-      ValueError: it is not there, refuses, or Slurm does not answer.
+      Silent: it is not there, or Slurm does not answer.
+      ValueError: it refuses.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=CALL_SECONDS)
     except FileNotFoundError:
-        raise ValueError(
+        raise Silent(
             f"there is no {words[0]} here: start --backend=slurm where Slurm's commands are, on a "
             "login node as a rule"
         ) from None
     except subprocess.TimeoutExpired:
-        raise ValueError(_down(words[0], f"no answer in {CALL_SECONDS:.0f} s")) from None
+        raise Silent(_down(words[0], f"no answer in {CALL_SECONDS:.0f} s")) from None
     if done.returncode == 0:
         return done.stdout
     lines = [re.sub(r"^\w+: (error|fatal): ", "", x) for x in done.stderr.splitlines() if x.strip()]
     said = "; ".join(dict.fromkeys(lines[-3:])) or f"exit {done.returncode}"
     if re.search(r"contact slurm controller|configuration|timed out|connection", said, re.I):
-        raise ValueError(_down(words[0], said))
+        raise Silent(_down(words[0], said))
     way_out = "mend --sbatch, or take less by --only" if words[0] == "sbatch" else "see its manual"
     raise ValueError(f"{words[0]} refuses ({said}): {way_out}")
 
