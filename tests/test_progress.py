@@ -1,11 +1,13 @@
 """How far a sweep is, read from folders made by hand; whose turn a run is."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -134,42 +136,45 @@ with turn.taken(pathlib.Path(sys.argv[1]), sys.argv[2]):
 """
 
 
-def holding(folder: Path, attempt: str, repo: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
+@contextlib.contextmanager
+def holding(folder: Path, attempt: str, repo: Path) -> Iterator[subprocess.Popen]:
+    """A process that has the turn."""
+    with subprocess.Popen(
         [sys.executable, "-c", TAKE, str(folder), attempt],
         cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "taken\n"
-    return process
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == "taken\n"
+        yield process
+        process.kill()
 
 
 def test_a_later_attempt_takes_the_turn_from_an_orphan(tmp_path: Path, member, repo: Path) -> None:
     folder = tmp_path / member.name
-    orphan = holding(folder, "slurm 7_1 0", repo)
-    assert state(tmp_path, member) == ("running", "")
-    with pytest.raises(ValueError, match=f"in use by process {orphan.pid} on .*slurm 7_1 0"):
-        with turn.taken(folder, ""):  # one by hand has no right to it
-            pass
-    began = time.monotonic()
-    with turn.taken(folder, "slurm 7_1 1"):
-        # A process that has ended but is not waited for is still there: so the wait is the longest.
-        assert time.monotonic() - began <= turn.LEAVE_SECONDS + 5
-        assert orphan.wait(30) == 1  # it has seen that it lost
-        assert orphan.stderr is not None and "taken over by process" in orphan.stderr.read()
-        found = turn.holder(folder)
-        assert found is not None and found.attempt == "slurm 7_1 1" and found.process == os.getpid()
-    assert turn.holder(folder) is None and not (folder / turn.TURN_NAME).exists()
+    with holding(folder, "slurm 7_1 0", repo) as orphan:
+        assert state(tmp_path, member) == ("running", "")
+        with pytest.raises(ValueError, match=f"in use by process {orphan.pid} on .*slurm 7_1 0"):
+            with turn.taken(folder, ""):  # one by hand has no right to it
+                pass
+        began = time.monotonic()
+        with turn.taken(folder, "slurm 7_1 1"):
+            # One that has ended but is not waited for is still there: the wait is the longest.
+            assert time.monotonic() - began >= turn.LEAVE_SECONDS
+            assert orphan.wait(30) == 1  # it has seen that it lost
+            assert orphan.stderr is not None and "taken over by process" in orphan.stderr.read()
+            found = turn.holder(folder)
+            assert found is not None
+            assert (found.attempt, found.process) == ("slurm 7_1 1", os.getpid())
+        assert turn.holder(folder) is None and not (folder / turn.TURN_NAME).exists()
 
 
 def test_a_turn_ends_with_its_process(tmp_path: Path, member, repo: Path) -> None:
     folder = tmp_path / member.name
-    killed = holding(folder, "", repo)
-    killed.kill()
-    killed.wait()
-    assert (folder / turn.TURN_NAME).exists() and turn.holder(folder) is None
-    with turn.taken(folder, ""):
-        pass
+    with holding(folder, "", repo) as killed:
+        killed.kill()
+        killed.wait()
+        assert (folder / turn.TURN_NAME).exists() and turn.holder(folder) is None
+        with turn.taken(folder, ""):
+            pass
 
 
 def test_a_turn_on_another_machine_counts_while_it_is_fresh(tmp_path: Path) -> None:

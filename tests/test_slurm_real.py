@@ -23,9 +23,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
 SWEEP = """
 
 def sweep(argument=""):
-    long = {"train.log_every": 10, "train.eval_every": 50, "train.checkpoint_every": 20}
+    long = {"train.log_every": 5, "train.eval_every": 20, "train.checkpoint_every": 10}
     yield "length", "short", 0, {}
-    yield "length", "long", 0, {"train.steps": 100, **long}
+    yield "length", "long", 0, {"train.steps": 60, **long}
     yield "broken", "broken", 0, {"data.min_loudness_lufs": 0.0}
     yield "endless", "endless", 0, {"train.steps": 1_000_000, **long}
 """
@@ -84,7 +84,7 @@ def test_kill_9_and_a_failure_in_a_sweep(
         cwd=repo, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as sweep:  # fmt: skip
         folder = work / "length/long/0"
-        wait_for(folder / "log.txt", r"^step 30/100")
+        wait_for(folder / "log.txt", r"^step 15/60")
         os.kill(json.loads((folder / "turn.json").read_text())["process"], signal.SIGKILL)
         stdout, stderr = sweep.communicate(timeout=1800)
     assert sweep.returncode == 1, stdout + stderr
@@ -95,7 +95,7 @@ def test_kill_9_and_a_failure_in_a_sweep(
     events = [line.split(maxsplit=2)[2] for line in log.splitlines()]
     assert [x.partition(" on ")[0] for x in events] == ["start 0", "end 137", "start 1", "end 0"]
     text = (folder / "log.txt").read_text()
-    assert re.search(r"^resumed at step (20|40|60|80) of 100$", text, re.MULTILINE)
+    assert re.search(r"^resumed at step [1-5]0 of 60$", text, re.MULTILINE)
     # The failure was tried twice, each in a submission of its own; nobody else was in the second.
     record = json.loads((work / "slurm.json").read_text())
     assert [len(entry["members"]) for entry in record] == [3, 3, 1] and record[0]["job"] == ""
@@ -109,7 +109,7 @@ def test_kill_9_and_a_failure_in_a_sweep(
     assert json.loads((work / "slurm.json").read_text()) == record
     status = run(*on_slurm, "--status")
     assert status.returncode == 0 and "3 runs: 2 done, 1 failed" in status.stdout
-    assert re.search(r"^broken/broken/0 +failed .*loud", status.stdout, re.MULTILINE)
+    assert re.search(r"^broken/broken/0 +failed .*no pair of", status.stdout, re.MULTILINE)
 
     here = run(f"--workdir={tmp_path}/here", "--only=length")
     assert here.returncode == 0, here.stderr
@@ -138,7 +138,7 @@ def test_told_to_stop_requeued_and_cancelled(
     assert first.returncode == 0, first.stderr
     job = re.search(r"submitted 1 runs: job (\d+)", first.stdout)
     assert job is not None
-    wait_for(folder / "log.txt", r"^step 10/")
+    wait_for(folder / "log.txt", r"^step 5/")
     assert "submitted" not in run().stdout  # it runs
     subprocess.run(["scancel", "--signal=TERM", f"{job[1]}_0"], env=slurm, check=True)
     saved = wait_for(folder / "log.txt", r"saved at step \d+")
