@@ -37,9 +37,19 @@ while
   [ -n "$told" ]
 do :; done
 note "end $code"
+[ "$code" -ne 0 ] || exit 0
 
+# What Slurm makes of this element by now. It may have lost this node and have started it elsewhere;
+# or be ending it, where scontrol requeue would bring back what was cancelled, and is not needed for
+# what is requeued anyway: but for one whose time was over before it had saved.
+read -r state left count < <(
+  squeue --noheader --array --jobs="$task" --Format=State:24,TimeLeft:24,RestartCnt:12 2>/dev/null
+)
+if [ "${count:-$restart}" != "$restart" ]; then
+  note "left to restart $count"
+  exit 1
+fi
 case $code in
-  0) exit 0 ;;
   75 | 143) ;; # saved; or told to stop before it could listen
   134 | 137)
     crashes=$(grep -c " $task end 13[47]$" "$folder/slurm.log")
@@ -48,11 +58,9 @@ case $code in
   *) fail "$code" ;;
 esac
 [ "$restart" -lt "$max_restarts" ] || fail "$code, after $max_restarts restarts"
-# A job that Slurm itself is ending was cancelled, which requeueing would undo, or is requeued by it
-# anyway; but for one whose time was over before it had saved.
-case $(squeue --noheader --jobs="$task" --format='%T %L' 2>/dev/null) in
-  "COMPLETING 0:00") ;;
-  COMPLETING* | CANCELLED*) exit 1 ;;
+case ${state-}/${left-} in
+  COMPLETING/0:00) ;;
+  COMPLETING/* | CANCELLED/*) exit 1 ;;
 esac
 scontrol requeue "$task" || {
   note "scontrol requeue refuses"

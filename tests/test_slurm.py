@@ -261,13 +261,22 @@ def test_an_element_that_is_interrupted_or_crashes(element, fake: Path, tmp_path
 def test_what_slurm_itself_ends_is_not_requeued(element, fake: Path) -> None:
     """scontrol requeue would bring a cancelled job back."""
     (fake / "srun.run").write_text("exit 75")
-    (fake / "squeue.out").write_text("COMPLETING 59:48\n")
+    (fake / "squeue.out").write_text("COMPLETING   59:48   0   \n")
     assert element() == 1 and not calls(fake, "scontrol")
-    assert calls(fake, "squeue")[-1][2] == "--jobs=100_1"
-    (fake / "squeue.out").write_text("COMPLETING 0:00\n")  # the time limit came before the save
+    assert "--jobs=100_1" in calls(fake, "squeue")[-1]
+    (fake / "squeue.out").write_text("COMPLETING 0:00 0\n")  # its time was over before the save
     assert element() == 0 and len(calls(fake, "scontrol")) == 1
-    (fake / "squeue.out").write_text("RUNNING 12:00\n")
+    (fake / "squeue.out").write_text("RUNNING 12:00 0\n")
     assert element() == 0 and len(calls(fake, "scontrol")) == 2
+
+
+@pytest.mark.parametrize("code", [1, 75, 137])
+def test_an_orphan_leaves_its_element_alone(element, fake: Path, tmp_path: Path, code: int) -> None:
+    """Slurm lost its node and started the element again: requeueing would end that one."""
+    (fake / "srun.run").write_text(f"exit {code}")
+    (fake / "squeue.out").write_text("RUNNING 12:00 1\n")
+    assert element() == 1
+    assert not calls(fake, "scontrol") and not slurm.failures(tmp_path / "with space", "head/b/0")
 
 
 def test_sigterm_is_forwarded_and_the_step_waited_for(element, fake: Path, tmp_path: Path) -> None:
