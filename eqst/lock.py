@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
+import sys
 from typing import IO
 
 from etils import epath
@@ -11,6 +13,7 @@ from etils import epath
 from eqst.card import CheckpointError
 
 LOCK_NAME = "lock"
+_FLOCK = "hhqqi0q"  # Linux's struct flock: type, whence, start, length, process
 
 
 def hold(folder: epath.Path, option: str = "--workdir") -> IO[str] | None:
@@ -48,3 +51,24 @@ def hold(folder: epath.Path, option: str = "--workdir") -> IO[str] | None:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
+
+
+def is_held(folder: epath.Path) -> bool | None:
+    """Whether some other process holds a folder's lock; asks, and never takes it.
+
+    Returns:
+      None where that cannot be told: a bucket, a file system or a platform without such locks.
+    """
+    if "://" in os.fspath(folder) or not sys.platform.startswith("linux"):
+        return None
+    import fcntl
+
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with open(folder / LOCK_NAME, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK

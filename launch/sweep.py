@@ -6,13 +6,16 @@ folder of its own, DIR/FACTOR/LEVEL/SEED; runs with equal settings are one. The 
 where it stopped: what is done is skipped, what was interrupted resumes. At the end, and with
 --gather at any time, DIR gets sweep.json, table.md and sweep.png: means over seeds with 95 %
 intervals, and each level's difference from the first of its factor. --known=sweep.json takes over
-what was done on another machine. Runs are processes here, or with --backend=tpu take turns on
---jobs Cloud TPUs (launch/README.md).
+what was done on another machine. Runs are processes here, with --backend=slurm elements of a job
+array, or with --backend=tpu take turns on --jobs Cloud TPUs (launch/README.md); --status says how
+far they are, at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import pathlib
 import shlex
 import sys
@@ -21,14 +24,29 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
 from eqst import card, charts, command, comparison, config, files, lock, processes
 from eqst.stopping import EXIT_INTERRUPTED, Interrupted
-from eqst.sweeps import bucket, clone, gcloud, local, members, outcomes, pool, queued, single
+from eqst.sweeps import (
+    bucket,
+    clone,
+    gcloud,
+    local,
+    members,
+    outcomes,
+    pool,
+    progress,
+    queued,
+    single,
+    slurm,
+    turn,
+)
 
+LOOK_SECONDS = 10.0  # between two looks at Slurm's queue, which is everybody's
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -38,8 +56,8 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the sweep; the same folder goes on.")
     flags.DEFINE_string("data", "", "Folder of held-out recordings; default: the runs' own split.")
     flags.DEFINE_string("manifest", "", "CSV with path and split for --data.")
-    flags.DEFINE_enum("backend", "local", ["local", "tpu"], "Where runs run.")
-    flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+    flags.DEFINE_enum("backend", "local", ["local", "slurm", "tpu"], "Where runs run.")
+    flags.DEFINE_integer("jobs", 1, "Runs at a time; slurm: no limit by default.", lower_bound=1)
     flags.DEFINE_integer(
         "replicas", 1, "So many runs that differ in numbers alone as one program.", lower_bound=1
     )
@@ -48,7 +66,14 @@ def define_flags() -> None:
     flags.DEFINE_string("known", "", "A sweep.json from elsewhere: its runs count as done.")
     flags.DEFINE_bool("dry_run", False, "Name the runs and what they change, and do nothing.")
     flags.DEFINE_bool("gather", False, "Only gather what is done.")
+    flags.DEFINE_bool("status", False, "Only say how far each run is.")
     flags.DEFINE_string("member", "", "Run this one alone, or A,B as one program: a child.")
+    flags.DEFINE_string(
+        "sbatch", "", "slurm: more words for sbatch: '--gres=gpu:1 --time=4:00:00'."
+    )
+    flags.DEFINE_string("srun", "", "slurm: more words for srun.")
+    flags.DEFINE_bool("wait", False, "slurm: follow the jobs to their end, and gather.")
+    flags.DEFINE_bool("retry", False, "slurm: submit what has failed too often as well.")
     flags.DEFINE_string("project", "", "tpu: the cloud project.")
     flags.DEFINE_string("zone", "", "tpu: where, as in us-east5-a.")
     flags.DEFINE_string("accelerator_type", "", "tpu: of what, as in v5p-8.")
@@ -59,7 +84,7 @@ def define_flags() -> None:
     flags.DEFINE_string("ssh", "", "tpu: more words for gcloud .. tpu-vm ssh and scp.")
     flags.DEFINE_float("poll_seconds", 30.0, "tpu: between looks.", lower_bound=0.0)
     flags.DEFINE_bool("keep", False, "tpu: leave the TPUs there at the end, paid for.")
-    flags.DEFINE_bool("cancel", False, "tpu: delete what belongs to this workdir, and do no more.")
+    flags.DEFINE_bool("cancel", False, "slurm, tpu: end what belongs to this workdir, no more.")
     flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -67,6 +92,11 @@ def _config_path() -> str:
     """What was given for --config: a file, perhaps with ":ARGUMENT"."""
     flag: Any = flags.FLAGS["config"]
     return flag.config_filename
+
+
+def given_words() -> list[str]:
+    """What this command was given, as its children are."""
+    return [word for word in sys.argv[1:] if word != "--dry_run"]
 
 
 class Work(NamedTuple):
@@ -86,7 +116,7 @@ class Work(NamedTuple):
 
     def words(self, name: str) -> list[str]:
         """What is added to this command for the unit of a name."""
-        return [*sys.argv[1:], f"--member={','.join(x.name for x in self.units[name])}"]
+        return [*given_words(), f"--member={','.join(x.name for x in self.units[name])}"]
 
     def child(self, name: str) -> list[str]:
         """The words of the command that runs a unit on this machine."""
@@ -112,9 +142,14 @@ def _run_unit(workdir: epath.Path, every: list[members.Member]) -> None:
         raise ValueError(f"--member={strange[0]}: the sweep has no such run")
     processes.join()
     local.leave_with_parent()
+    alone = jax.process_index() == 0 and "://" not in options.workdir
+    attempt = os.environ.get("EQST_ATTEMPT", "")
     try:
         unit = [by_name[name] for name in names]
-        single.run_unit(workdir, unit, options.data, options.manifest)
+        with contextlib.ExitStack() as turns:
+            for name in names if alone else []:
+                turns.enter_context(turn.taken(pathlib.Path(workdir / name), attempt))
+            single.run_unit(workdir, unit, options.data, options.manifest)
     except Interrupted:
         raise
     except BaseException:
@@ -136,6 +171,66 @@ def _run_here(work: Work) -> list[str]:
         jobs=options.jobs,
         minutes=options.minutes,
     )
+
+
+# --- Slurm
+
+
+def _slurm_sweep() -> slurm.Sweep:
+    """What is submitted, by the flags."""
+    options = flags.FLAGS
+    if options.replicas > 1:
+        raise ValueError(
+            f"--replicas={options.replicas}: --backend=slurm runs one run in each element: leave it"
+        )
+    if "://" in options.workdir:
+        raise ValueError(
+            f"--workdir={options.workdir}: --backend=slurm needs a folder that all nodes share"
+        )
+    return slurm.Sweep(
+        pathlib.Path(options.workdir).absolute(),
+        [sys.executable, "-u", __file__, *given_words()],
+        (pathlib.Path(__file__).parent / "slurm_member.sh").read_text(encoding="utf-8"),
+        slurm.options("sbatch", options.sbatch),
+        slurm.options("srun", options.srun),
+        options.jobs if options["jobs"].present else None,
+    )
+
+
+def _run_on_slurm(work: Work) -> list[str]:
+    """Submits runs; with --wait follows them to their end. The names of those that failed."""
+    todo, is_done = work.first(), work.is_done
+    options = flags.FLAGS
+    say = functools.partial(print, flush=True)
+    array = slurm.Array(
+        _slurm_sweep(),
+        todo,
+        is_done,
+        lambda fresh: single.prepare(fresh, options.data, options.manifest),
+        say,
+        retry=options.retry,
+    )
+    failed = array.submit()
+    if not options.wait:
+        return failed
+    stop, began, said = local.Interruption(), time.monotonic(), ""
+    while True:
+        try:
+            if not array.goes_on():
+                return [member.name for member in todo if not is_done(member)]
+            text = progress.summary(_rows(epath.Path(options.workdir), todo))
+        except slurm.Silent as error:  # it may be back soon
+            text = str(error)
+        if text != said:
+            say(text)
+        said = text
+        look = time.monotonic() + LOOK_SECONDS
+        while time.monotonic() < look:
+            late = options.minutes > 0 and time.monotonic() - began > 60 * options.minutes
+            if stop.name or late:
+                why = stop.name or f"the {options.minutes:g} minutes are over"
+                raise Interrupted(f"{why}: the jobs go on; the same command follows them again")
+            time.sleep(0.2)
 
 
 # --- Cloud TPU
@@ -227,6 +322,27 @@ def _cancel() -> None:
 # --- the command
 
 
+def _rows(
+    workdir: epath.Path, chosen: list[members.Member], *, alone: bool = False
+) -> list[progress.Progress]:
+    """How far each run is, by its folder and (but with `alone`) by what the backend says."""
+    options = flags.FLAGS
+    rows = [progress.read(workdir, x, options.data, options.manifest) for x in chosen]
+    if options.backend == "slurm" and not alone:
+        rows = progress.told(rows, slurm.words(_slurm_sweep().workdir))
+    return rows
+
+
+def _status(workdir: epath.Path, chosen: list[members.Member]) -> None:
+    """Prints how far each run is; reads only."""
+    try:
+        rows = _rows(workdir, chosen)
+    except slurm.Silent as error:
+        print(f"note: by the folders alone; {error}")
+        rows = _rows(workdir, chosen, alone=True)
+    print(progress.table(rows))
+
+
 def _gather(
     workdir: epath.Path,
     every: list[members.Member],
@@ -265,16 +381,25 @@ def main() -> None:
     every = members.expand(_config_path(), options.config)
     chosen = members.chosen(every, options.only)
     is_done = functools.partial(members.done, workdir, data=options.data, manifest=options.manifest)
-    on_tpus = options.backend == "tpu"
+    on_tpus, on_slurm = options.backend == "tpu", options.backend == "slurm"
     if on_tpus:
         bucket.require(options.workdir)
     if options.dry_run:
-        work = _work(chosen, is_done)
+        work = _work([x for x in chosen if not on_slurm or not is_done(x)], is_done)
         print("\n".join(_dry_lines(work, config.validate(options.config))))
         if on_tpus:
             with tempfile.TemporaryDirectory() as folder:
                 plan = _tpu_plan(work, pathlib.Path(folder))
                 print("\n".join(pool.dry_lines(_tpu_site(), plan, work.first())))
+        if on_slurm:
+            print(slurm.dry_text(_slurm_sweep(), [x.name for x in work.first()]))
+        return
+    if options.status:
+        _status(workdir, chosen)
+        return
+    if on_slurm and options.cancel:
+        jobs = slurm.cancel(slurm.submissions(_slurm_sweep().workdir))
+        print(f"cancelled: {', '.join(jobs) or 'nothing, there was none'}")
         return
     if on_tpus and options.cancel:
         _cancel()
@@ -288,11 +413,11 @@ def main() -> None:
             content = outcomes.read_known(options.known)
             known = outcomes.known_outcomes(content, every)
             print(outcomes.known_line(content, len(known), every), flush=True)
-        failed = []
+        failed, todo = [], []
         if not options.gather:
             if on_tpus:
                 bucket.probe(options.workdir)
-            run = {"local": _run_here, "tpu": _run_on_tpus}[options.backend]
+            run = {"local": _run_here, "slurm": _run_on_slurm, "tpu": _run_on_tpus}[options.backend]
             todo = [x for x in chosen if x.name not in known and not is_done(x)]
             print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them done", flush=True)
             work = _work(todo, is_done)
@@ -300,11 +425,12 @@ def main() -> None:
     except Interrupted as event:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    _gather(workdir, every, known, [member for member in every if is_done(member)])
+    if not on_slurm or options.wait or options.gather or not todo:  # else they have only begun
+        _gather(workdir, every, known, [member for member in every if is_done(member)])
     if failed:
-        sys.exit(
-            f"launch/sweep.py: {len(failed)} of {len(chosen)} runs failed: {', '.join(failed)}"
-        )
+        text = f"{len(failed)} of {len(chosen)} runs failed: {', '.join(failed)}"
+        way_out = "; --retry submits them again" if on_slurm else ""
+        sys.exit(f"launch/sweep.py: {text}{way_out}")
 
 
 if __name__ == "__main__":

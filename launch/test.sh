@@ -36,19 +36,23 @@ make_environment "${extras[@]}"
 
 failed=()
 
-# The tests of the page drive a browser: with --all it is installed where root may do so, on Debian
-# and its kin. Elsewhere those tests are skipped with their reason.
-if [ "${#selection[@]}" -eq 0 ] && ! command -v chromium chromium-browser google-chrome >/dev/null &&
-  [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-  heading "a browser for the tests of the page"
-  browser_log=$venv/browser.log
-  if (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    chromium) >"$browser_log" 2>&1; then
-    chromium --version 2>/dev/null
-  else
-    tail -n 3 "$browser_log" >&2
-    failed+=("browser: apt-get could not install chromium (all of it in $browser_log)")
+# install WHAT LOG PACKAGE..: with --all, where root may do so, on Debian and its kin. Elsewhere the
+# tests that need it are skipped with their reason.
+install() {
+  local what=$1 log=$venv/$2.log
+  shift 2
+  heading "$what"
+  if ! (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    "$@") >"$log" 2>&1; then
+    tail -n 3 "$log" >&2
+    failed+=("$what: apt-get could not install $* (all of it in $log)")
   fi
+}
+if [ "${#selection[@]}" -eq 0 ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  command -v chromium chromium-browser google-chrome >/dev/null ||
+    install "a browser for the tests of the page" browser chromium
+  { command -v sbatch && command -v slurmctld && command -v munged; } >/dev/null ||
+    install "Slurm for the tests of sweeps" slurm slurm-wlm munge
 fi
 
 check() {

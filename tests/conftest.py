@@ -34,6 +34,7 @@ LONG_TIMEOUT_SECONDS = 1200
 # Files go to the workers whole and in this order, so that none is left with a long one at the end.
 SLOWEST_FIRST = (
     "test_processes",
+    "test_slurm_real",
     "test_interruption",
     "test_recipes",
     "test_train",

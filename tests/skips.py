@@ -13,6 +13,7 @@ import pytest
 EXPECTED = (
     "needs an accelerator",  # the suite is for CPU
     "needs a browser",  # launch/test.sh --all installs one where it may, and says so where it fails
+    "needs Slurm",  # likewise, and its daemons need root
     "needs root to mount",  # a small file system to fill
 )
 

@@ -8,10 +8,10 @@ import fake_gcloud
 import pytest
 
 from eqst import config
+from eqst.stopping import Interrupted
 from eqst.sweeps import gcloud, pool, queued
 from eqst.sweeps.gcloud import Answer, PersonNeeded
 from eqst.sweeps.members import Member
-from eqst.train import Interrupted
 
 WORKDIR = "gs://bucket/sweep"
 SITE = gcloud.Site("p", "us-east5-a", "v5p-16", "v2-alpha-tpuv5", True, (), ())
