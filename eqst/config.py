@@ -282,6 +282,7 @@ def from_card(values: dict[str, Any]) -> Config:
     """`from_dict` for a run's card: what it lacks, being older, is at its default; it says so."""
     absent: list[str] = []
     config = _check(_build(Config, values, "", absent))
+    absent = [key for key in absent if key not in FREE_KEYS]  # these change no result
     if absent:
         line = "the run has no %s yet: taken at the default"
         logging.getLogger("eqst").warning(line, ", ".join(absent))
