@@ -28,6 +28,7 @@ ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 START_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 1800, 55, 30
 # Our own look at whether all are there is quicker than JAX's heartbeat, and ends in a line.
 LOOK_SECONDS, LOST_SECONDS = 3.0, 30.0
+DONE = "done"  # what a process that has come to its end says in place of a count
 # Process 0 takes the others with it, so when it fails it gives them time to say why they do.
 LAST_WORDS_SECONDS = 2.0
 START_AGAIN = "start all of them again, they go on from the last checkpoint"
@@ -70,7 +71,16 @@ def join() -> None:
             f"{', '.join(ENVIRONMENT)} on each, or unset what names a cluster"
         ) from None
     if jax.process_count() > 1:
-        threading.Thread(target=_watch, daemon=True).start()
+        ends = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(ends,), daemon=True)
+        watcher.start()
+
+        # A thread that is still in JAX's C++ when Python goes takes the process down with SIGABRT.
+        def stop() -> None:
+            ends.set()
+            watcher.join(SHUTDOWN_SECONDS)
+
+        atexit.register(stop)
 
 
 def _explicit() -> dict[str, Any] | None:
@@ -120,7 +130,7 @@ def _on_tpu() -> bool:
     return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
 
 
-def _watch() -> None:
+def _watch(ends: threading.Event) -> None:
     """Ends this process, with one line, when another has not been heard of for LOST_SECONDS.
 
     JAX's own heartbeat does so too, with a page of C++ frames; where a process waits for numbers of
@@ -134,13 +144,17 @@ def _watch() -> None:
     assert client is not None
     heard = dict.fromkeys(map(str, range(jax.process_count())), ("", time.monotonic()))
     for count in itertools.count():
-        time.sleep(LOOK_SECONDS)
+        word = DONE if ends.wait(LOOK_SECONDS) else str(count)
         try:
-            client.key_value_set(f"eqst/alive/{me}", str(count), allow_overwrite=True)
+            client.key_value_set(f"eqst/alive/{me}", word, allow_overwrite=True)
+            if word == DONE:
+                return
             if me == 0:
                 for key, value in client.key_value_dir_get("eqst/alive/"):
                     name = key.rpartition("/")[2]
-                    if heard[name][0] != value:
+                    if value == DONE:
+                        heard.pop(name, None)
+                    elif heard[name][0] != value:
                         heard[name] = (value, time.monotonic())
                 late = time.monotonic() - LOST_SECONDS
                 lost = [name for name, (_, when) in heard.items() if when < late]

@@ -417,7 +417,9 @@ def test_processes_that_do_not_find_each_other_end_in_one_line(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     for name, value in zip(processes.ENVIRONMENT, ("h:1", "2", "0"), strict=True):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="do not find each other .DEADLINE_EXCEEDED: no answer. "):
+    with pytest.raises(
+        ValueError, match="do not find each other .DEADLINE_EXCEEDED: no answer.: set "
+    ):
         processes.join()
 
 

@@ -392,6 +392,6 @@ def test_a_sweep_of_programs_gives_what_a_sweep_of_runs_does(repo: Path, tmp_pat
             assert right["figures"][name]["mean"] == pytest.approx(figure["mean"], abs=2e-3)
     log = (tmp_path / "together/rate/0.001/0/log.txt").read_text()
     assert (
-        "4 of them in one program" in log
+        "2 of them in one program" in log
         and not (tmp_path / "together/rate/0.003/0/log.txt").exists()
     )
