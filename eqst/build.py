@@ -19,7 +19,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def _duplicates(
     alike = [path for path in ordered if len(by_size[(root / path).stat().st_size]) > 1]
     first: dict[str, pathlib.Path] = {}
     rejected = []
-    checksums = _each(
+    checksums = corpus.parallel(
         chunking.checksum, [root / x for x in alike], "comparing", say, workers, "files"
     )
     for path, checksum in zip(alike, checksums, strict=True):
@@ -56,13 +56,6 @@ def _duplicates(
     return rejected
 
 
-def _each(
-    function: Callable, tasks: list, name: str, say: Callable, workers: int, things: str
-) -> Iterator:
-    """`corpus.parallel`, which takes one task or more."""
-    return corpus.parallel(function, tasks, name, say, workers, things) if tasks else iter(())
-
-
 def _write_shards(
     tasks: dict[str, list[chunking.ShardTask]], workers: int, say: Callable
 ) -> dict[str, list[dict[str, Any]]]:
@@ -70,7 +63,7 @@ def _write_shards(
     flat = [task for part in tasks.values() for task in part]
     last = {piece[0]: i for i, task in enumerate(flat) for piece in task.pieces}
     written: dict[str, list[dict[str, Any]]] = {split: [] for split in tasks}
-    results = _each(chunking.write_shard, flat, "writing", say, workers, "shards")
+    results = corpus.parallel(chunking.write_shard, flat, "writing", say, workers, "shards")
     splits = [split for split, part in tasks.items() for _ in part]
     for i, (task, split, result) in enumerate(zip(flat, splits, results, strict=True)):
         written[split].append(result)
@@ -221,7 +214,9 @@ def _recordings(
     pending = [task for task in tasks if not chunking.facts_path(folder, task.number).exists()]
     if len(pending) < len(tasks):
         say(f"{len(tasks) - len(pending)} of {len(tasks)} recordings are made already")
-    for _ in _each(chunking.make_recording, pending, "reading", say, workers, "recordings"):
+    for _ in corpus.parallel(
+        chunking.make_recording, pending, "reading", say, workers, "recordings"
+    ):
         pass
     splits = _splits(found, settings.dev_share)
     rows, rejected = [], [*found.rejected, *duplicates]

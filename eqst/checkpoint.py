@@ -205,14 +205,13 @@ class Checkpoints:
           CheckpointError: the tree is another one than was saved, or every checkpoint is damaged.
           ValueError: a leaf has no sharding.
         """
-        newest = self.latest_step()
-        if len(set(gathered(-1 if newest is None else newest))) > 1:
+        steps = complete_steps(self._last)
+        if len(set(gathered(steps[-1] if steps else -1))) > 1:
             raise CheckpointError(
                 f"the processes see different checkpoints in {self._last}: "
                 "give a --workdir on storage that all of them share"
             )
-        steps = complete_steps(self._last)
-        if newest is None or (at_most is not None and steps[0] > at_most):
+        if not steps or (at_most is not None and steps[0] > at_most):
             return None
         targets = {
             name: arrays.target(name, leaf) for name, leaf in named_leaves(abstract_state).items()

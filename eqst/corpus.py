@@ -162,6 +162,8 @@ def parallel(
     """Results in order from `workers` processes (0: one per core), with a line every tenth."""
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
 
+    if not tasks:
+        return
     # A worker whose memory has grown is replaced, and nothing is lost. Of that joblib warns, in the
     # thread that all others wait for: where warnings are errors, they would wait for ever.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)

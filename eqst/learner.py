@@ -60,6 +60,17 @@ KNOBS = (
 )
 
 
+def program(plain: dict[str, Any]) -> dict[str, Any]:
+    """Settings (`config.as_dict`) without the knobs: what members of one program have in common."""
+    return {
+        name: {key: x for key, x in value.items() if f"{name}.{key}" not in KNOBS}
+        if isinstance(value, dict)
+        else value
+        for name, value in plain.items()
+        if name not in KNOBS
+    }
+
+
 def stacked_knobs(configs: Sequence[Config]) -> Knobs:
     """Those of several configs, every number [members]."""
 

@@ -13,6 +13,7 @@ Where there are several processes (`eqst.processes`), all of them call what is h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -65,10 +66,7 @@ class Shardings:
         def place(*axes: Any) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*axes))
 
-        def one(tree: Any) -> Any:
-            return jax.tree.map(lambda x: place(*_split_axes(x.shape, mesh)), tree)
-
-        def state(tree: Any) -> Any:
+        def rule(first: tuple[str, ...], tree: Any) -> Any:
             return jax.tree.map(
                 lambda x: place(*first, *_split_axes(x.shape[len(first) :], mesh)), tree
             )
@@ -78,8 +76,8 @@ class Shardings:
             copied=NamedSharding(mesh, COPIED),
             own=place(*first),
             own_batch=place(*first, *SPLIT),
-            state=state,
-            one=one,
+            state=functools.partial(rule, first),
+            one=functools.partial(rule, ()),
         )
 
 

@@ -187,6 +187,15 @@ def _end() -> None:
     os._exit(1)
 
 
+def of_first(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say` on process 0; on the others what says nothing."""
+    return say if jax.process_index() == 0 else _nothing
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
 def together(act: Callable[[], Result], *kinds: type[Exception]) -> Result:
     """`act()` on every process; where it fails on one it fails on all, and none is left waiting.
 

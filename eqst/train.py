@@ -85,8 +85,7 @@ def train_together(
       FloatingPointError: at the end, for those left behind; at once if that is all of them.
       Interrupted: as `train`.
     """
-    if jax.process_index() > 0:
-        say = _nothing
+    say = processes.of_first(say)
     plain = [json.loads(json.dumps(as_dict(config))) for config in configs]  # as the card has it
     _check_one_program(plain)
     if len(set(processes.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
@@ -105,8 +104,7 @@ def train_together(
 def _check_one_program(plain: list[dict]) -> None:
     """Refuses members that cannot share a program."""
     for other in plain[1:]:
-        lines = differing_keys(plain[0], other)
-        strange = [line for line in lines if line.partition(":")[0] not in learner.KNOBS]
+        strange = differing_keys(learner.program(plain[0]), learner.program(other))
         if strange:
             raise ConfigError(
                 f"members of one program differ in {'; '.join(strange)}: they may in "
@@ -220,10 +218,6 @@ def _taker(one: State, rules: mesh.Shardings, stacked: bool) -> Callable[[Any, i
 
 def _stack(*trees: Any) -> Any:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-def _nothing(_: str) -> None:
-    """Says nothing: what every process but the first does with its progress."""
 
 
 def _restore(

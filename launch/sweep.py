@@ -213,7 +213,7 @@ def _run_on_slurm(work: Work) -> list[str]:
     failed = array.submit()
     if not options.wait:
         return failed
-    stop, began, said = local.Interruption(), time.monotonic(), ""
+    stop, said = local.Interruption(options.minutes), ""
     while True:
         try:
             if not array.goes_on():
@@ -226,9 +226,7 @@ def _run_on_slurm(work: Work) -> list[str]:
         said = text
         look = time.monotonic() + LOOK_SECONDS
         while time.monotonic() < look:
-            late = options.minutes > 0 and time.monotonic() - began > 60 * options.minutes
-            if stop.name or late:
-                why = stop.name or f"the {options.minutes:g} minutes are over"
+            if why := stop.why():
                 raise Interrupted(f"{why}: the jobs go on; the same command follows them again")
             time.sleep(0.2)
 
@@ -281,15 +279,11 @@ def _tpu_plan(work: Work, folder: pathlib.Path) -> pool.Plan:
 
 def _tpu_time() -> pool.Clock:
     """A clock that ends the sweep at SIGTERM, SIGINT or the end of --minutes, each once."""
-    stop, began = local.Interruption(), time.monotonic()
-    minutes = flags.FLAGS.minutes
+    stop = local.Interruption(flags.FLAGS.minutes)
 
     def stopped() -> None:
-        nonlocal minutes
-        if minutes > 0 and time.monotonic() - began > 60 * minutes:
-            stop.name, minutes = f"the {minutes:g} minutes are over", 0.0
-        if stop.name:
-            why, stop.name = stop.name, ""
+        if why := stop.why():
+            stop.forget()
             raise Interrupted(f"{why}: the same command goes on")
 
     return pool.Clock(time.monotonic, gcloud.pause_until(stopped))

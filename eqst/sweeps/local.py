@@ -18,16 +18,28 @@ TRIES = 2  # of a run that fails
 
 
 class Interruption:
-    """Remembers that the sweep was told to stop."""
+    """Remembers that the sweep was told to stop: by a signal, or because its time is over."""
 
-    def __init__(self) -> None:
-        """From here on SIGTERM and SIGINT are remembered."""
-        self.name = ""
+    def __init__(self, minutes: float) -> None:
+        """From here on SIGTERM and SIGINT are remembered, and the minutes (0: none) count."""
+        self._name, self._minutes, self._began = "", minutes, time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _: object) -> None:
-        self.name = signal.Signals(number).name
+        self._name = signal.Signals(number).name
+
+    def why(self) -> str:
+        """What it was told by; "" where it goes on."""
+        if self._minutes > 0 and time.monotonic() - self._began > 60 * self._minutes:
+            return f"the {self._minutes:g} minutes are over"
+        return self._name
+
+    def forget(self) -> None:
+        """What `why` says now has been seen to; what comes later is said again."""
+        if self.why() != self._name:
+            self._minutes = 0.0
+        self._name = ""
 
 
 def run_all(
@@ -76,11 +88,9 @@ def _run_all(
     tries = dict.fromkeys((member.name for member in waiting), 0)
     failed: list[str] = []
     finished, began = 0, time.monotonic()
-    stop = Interruption()
+    stop = Interruption(minutes)
     while waiting or running:
-        late = minutes > 0 and time.monotonic() - began > 60 * minutes
-        if stop.name or late:
-            why = stop.name or f"the {minutes:g} minutes are over"
+        if why := stop.why():
             raise Interrupted(f"{why}: {finished} of {every} done; the same command goes on")
         while waiting and len(running) < jobs:
             member = waiting.pop(0)

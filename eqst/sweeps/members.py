@@ -140,11 +140,7 @@ def units(chosen: list[Member], most: int) -> dict[str, list[Member]]:
     found: dict[str, list[Member]] = {}
     open_units: dict[str, list[Member]] = {}
     for member in chosen:
-        plain = result_settings(member.config)
-        for key in learner.KNOBS:
-            group, _, name = key.rpartition(".")
-            (plain[group] if group else plain).pop(name)
-        program = json.dumps(plain, sort_keys=True)
+        program = json.dumps(learner.program(result_settings(member.config)), sort_keys=True)
         unit = open_units[program] if program in open_units else []
         resident = member.config.data.pipeline == "resident"
         if unit and len(unit) < most and resident:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from eqst import card, checkpoint, config, corpus, evaluate, files, trials
+from eqst import card, checkpoint, config, corpus, evaluate, files, processes, trials
 from eqst.sweeps.members import Member
 from eqst.train import train, train_together
 
@@ -35,7 +35,7 @@ def run_unit(workdir: epath.Path, unit: list[Member], data: str, manifest: str) 
     Raises:
       FloatingPointError: at the end, for members whose loss was not finite.
     """
-    say = functools.partial(print, flush=True) if jax.process_index() == 0 else _nothing
+    say = processes.of_first(functools.partial(print, flush=True))
     folders = [workdir / member.name for member in unit]
     failure: FloatingPointError | None = None
     try:
@@ -73,10 +73,6 @@ def _judge(
     results = {**facts, "recordings": [data, manifest], **results}
     if jax.process_index() == 0:
         _write(folder / "heldout", files.json_text(results), evaluate.errors_text(errors))
-
-
-def _nothing(_: str) -> None:
-    """Says nothing."""
 
 
 def _write(folder: epath.Path, results: str, errors: str) -> None:

@@ -21,11 +21,11 @@ from etils import epath
 
 from eqst import card, files, lock
 from eqst.sweeps import progress
+from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
 
 RECORD_NAME = "slurm.json"
 LOG_NAME = "slurm.log"
-TRIES = 2  # submissions of a run that fail, as on this machine
 MAX_RESTARTS = 100  # of an element, by preemption, time limit or a lost node
 MAX_CRASHES = 2  # after which an element starts again: killed or aborted, out of memory say
 SIGNAL = "TERM@120"  # before the time limit: seconds to finish a step, save and leave
