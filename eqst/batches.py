@@ -8,7 +8,7 @@ exactly filtered audio that anything held out is judged on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,21 +94,39 @@ def make_source(
     return Source(batches, see_batch, ())
 
 
-def of_member(source: Source, seed: int) -> Source:
-    """A resident source with another seed."""
-    return source._replace(constants=source.constants._replace(seed=np.int32(seed)))
+def of_member(source: Source, seed: int, weight_R: np.ndarray) -> Source:
+    """A resident source with another seed and other probabilities of its recordings."""
+    held: resident.Resident = source.constants
+    cumulatives = [pairs.cumulative(weight_R[np.asarray(x.recording_R)]) for x in held.indices]
+    return source._replace(constants=_drawing(held, np.asarray(seed, np.int32), cumulatives))
 
 
-def of_members(source: Source, seeds: np.ndarray) -> Source:
-    """A resident source for several seeds at once: what is seen has a first axis [members]."""
-    fields: dict[str, Any] = dict.fromkeys(resident.Resident._fields)
-    fields["seed"] = 0
-    axes = resident.Resident(**fields)
+def of_members(own: Sequence[Source], place: Callable[[Any], Any]) -> Source:
+    """Sources from `of_member` as one: what is seen has a first axis [members].
+
+    `place` puts a tree of numpy arrays with that axis on the devices.
+    """
+    drawings = [
+        (held.seed, [x.cumulative_R for x in held.indices])
+        for held in (source.constants for source in own)
+    ]
+    seeds, cumulatives = place(jax.tree.map(lambda *x: np.stack(x), *drawings))
+    constants = _drawing(own[0].constants, seeds, cumulatives)
+    nowhere: Any = jax.tree.map(lambda _: None, constants)
+    axes = _drawing(nowhere, 0, [0] * len(cumulatives))
 
     def see(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
-        return jax.vmap(lambda own: source.see(k_B, own, which), in_axes=(axes,))(held)
+        return jax.vmap(lambda one: own[0].see(k_B, one, which), in_axes=(axes,))(held)
 
-    return source._replace(see=see, constants=source.constants._replace(seed=seeds))
+    return own[0]._replace(see=see, constants=constants)
+
+
+def _drawing(held: resident.Resident, seed: Any, cumulatives: Sequence[Any]) -> resident.Resident:
+    """The same corpus, drawn from by another seed and other probabilities."""
+    indices = tuple(
+        index._replace(cumulative_R=x) for index, x in zip(held.indices, cumulatives, strict=True)
+    )
+    return held._replace(seed=seed, indices=indices)
 
 
 def measure_normalisation(config: Config, source: Source) -> predictor.Normalisation:

@@ -14,13 +14,14 @@ talkers apart, and without either each example is a talker of its own.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import inspect
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from etils import epath
 from eqst import audio, config, shards, synthetic, talkers
 from eqst.store import HOPS_PER_SECOND, Corpus, CorpusError, Recording, load_store, make_store
 
-__all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus"]
+__all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus", "open_folds"]
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".rf64")
 
@@ -51,6 +52,34 @@ def open_corpus(data: config.Data, split: str, progress: Callable[[str], None] =
         if weight > 0:
             parts.append((_open_source(source, data, split, progress), weight))
     return _join(parts)
+
+
+def open_folds(
+    folds: Sequence[config.Data], progress: Callable[[str], None] = print
+) -> tuple[Corpus, np.ndarray]:
+    """The train recordings of several runs as one corpus.
+
+    Args:
+      folds: settings that differ in `fold` alone.
+      progress: as in `open_corpus`.
+
+    Returns:
+      the corpus, and [runs, R] the probability that a run draws a recording: what `weight_R` is in
+      the run's own corpus, 0 for those that it holds out.
+    """
+    if len(set(folds)) == 1:
+        corpus = open_corpus(folds[0], "train", progress)
+        return corpus, np.tile(corpus.weight_R, (len(folds), 1))
+    corpus = open_corpus(dataclasses.replace(folds[0], folds=0, valid_share=0.0), "train", progress)
+    place = {where: i for i, where in enumerate(zip(corpus.store_R, corpus.start_R, strict=True))}
+    weight_NR = np.zeros((len(folds), len(place)), corpus.weight_R.dtype)
+    for weight_R, data in zip(weight_NR, folds, strict=True):
+        own = open_corpus(data, "train", lambda _: None)
+        for where, weight in zip(
+            zip(own.store_R, own.start_R, strict=True), own.weight_R, strict=True
+        ):
+            weight_R[place[where]] = weight
+    return corpus, weight_NR
 
 
 class _Opened(NamedTuple):

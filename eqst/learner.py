@@ -54,20 +54,31 @@ class Knobs(NamedTuple):
         )
 
 
+# The fold that a run holds out is one too: members share the recordings, and weigh them otherwise.
 KNOBS = (
-    *("seed", "train.learning_rate", "train.weight_decay", "train.clip_norm", "train.ema_decay"),
+    *(
+        "seed",
+        "data.fold",
+        "train.learning_rate",
+        "train.weight_decay",
+        "train.clip_norm",
+        "train.ema_decay",
+    ),
     *("loss.parameters", "loss.response", "loss.gain"),
 )
 
 
 def program(plain: dict[str, Any]) -> dict[str, Any]:
     """Settings (`config.as_dict`) without the knobs: what members of one program have in common."""
+    # A reference from another recording is drawn from a run's own list of them.
+    own = ("data.fold",) if plain["data"]["different_recordings"] else ()
+    knobs = set(KNOBS) - set(own)
     return {
-        name: {key: x for key, x in value.items() if f"{name}.{key}" not in KNOBS}
+        name: {key: x for key, x in value.items() if f"{name}.{key}" not in knobs}
         if isinstance(value, dict)
         else value
         for name, value in plain.items()
-        if name not in KNOBS
+        if name not in knobs
     }
 
 

@@ -163,13 +163,23 @@ def build_index(
         rows += int(keep_S.sum())
     if rows == 0:
         raise PairsError(f"no pair of {seconds:g} s segments in any recording; {skipped[0]}")
-    weight_R = np.cumsum(columns["cumulative_R"])
+    weight_R = np.array(columns["cumulative_R"])
     arrays = {name: np.concatenate(columns[name]) for name in ("hop_V", "before_V", "after_V")}
     arrays |= {name: np.array(columns[name]) for name in ("first_R", "count_R", "recording_R")}
     arrays = {name: array.astype(np.int32) for name, array in arrays.items()}
-    return Index(**arrays, cumulative_R=(weight_R / weight_R[-1]).astype(np.float32)), tuple(
-        skipped
-    )
+    return Index(**arrays, cumulative_R=cumulative(weight_R)), tuple(skipped)
+
+
+def cumulative(weight_R: np.ndarray) -> np.ndarray:
+    """[R] float32 `Index.cumulative_R` of weights; what weighs 0 is never drawn.
+
+    Raises:
+      PairsError: nothing weighs anything.
+    """
+    total_R = np.cumsum(weight_R)
+    if total_R[-1] <= 0:
+        raise PairsError("none of the recordings to draw from gives a pair: take more talkers")
+    return (total_R / total_R[-1]).astype(np.float32)
 
 
 def _pick(uniform: jax.Array, count: jax.Array) -> jax.Array:

@@ -154,32 +154,46 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
         if loop.step_of(state) >= config.train.steps:
             say(loop.finished(members))
             return state
-    recordings, choosing = processes.together(
-        lambda: tuple(corpus.open_corpus(config.data, split, say) for split in ("train", "valid")),
-        ValueError,
-        OSError,
+    datas = [member.config.data for member in members]
+    recordings, weight_NR = processes.together(
+        lambda: corpus.open_folds(datas, say), ValueError, OSError
     )
+    choosing = {
+        data: processes.together(
+            functools.partial(corpus.open_corpus, data, "valid", say), ValueError, OSError
+        )
+        for data in dict.fromkeys(datas)
+    }
+    folds = f", of which each member holds out its fold of {config.data.folds}"
     say(
-        f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min; "
+        f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min"
+        f"{folds if len(choosing) > 1 else ''}; "
         f"{devices.size} {devices.devices.flat[0].platform} device(s)"
     )
     signals.stop_early()
     # Before anything is written: the held-out talkers' recordings may give no pair.
-    pairs.build_index(choosing, config.data.segment_seconds[0], config.data.min_loudness_lufs)
+    for own in choosing.values():
+        pairs.build_index(own, config.data.segment_seconds[0], config.data.min_loudness_lufs)
     supply = batches.make_source(config, recordings, devices, say)
+    own_supplies = [supply]
+    if stacked:
+        own_supplies = [
+            batches.of_member(supply, member.config.seed, weight_R)
+            for member, weight_R in zip(members, weight_NR, strict=True)
+        ]
+        supply = batches.of_members(own_supplies, functools.partial(mesh.placed, rules.own))
     take = _taker(one, rules, stacked)
     if resumed is None:
-        measured = _begin(members, supply)
+        measured = _begin(members, own_supplies)
         together = jax.tree.map(lambda *x: np.stack(x), *measured) if stacked else measured[0]
         normalisation = mesh.placed(rules.own, together)
         state = jax.jit(initial, out_shardings=where)(key)
         for i, member in enumerate(members):
             member.saved.save(0, loop.saved_tree(take(state, i), take(normalisation, i)))
-    if stacked:
-        supply = batches.of_members(supply, mesh.placed(rules.own, seeds))
     signals.stop_early()
-    held_out = not set(choosing.talker_R) & set(recordings.talker_R)
-    judged = [batches.valid_pairs(member.config, choosing, devices) for member in members]
+    trained_on = {recordings.talker_R[r] for r in np.flatnonzero(weight_NR[0])}
+    held_out = not set(choosing[datas[0]].talker_R) & trained_on
+    judged = [batches.valid_pairs(x.config, choosing[x.config.data], devices) for x in members]
     valid = jax.jit(_stack, out_shardings=rules.own_batch)(*judged) if stacked else judged[0]
     say(f"valid: {config.train.eval_pairs} pairs of {'held-out' if held_out else 'TRAIN'} talkers")
     count = sum(x.size for x in jax.tree.leaves(one.params))
@@ -189,12 +203,13 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
     return loop.run(members, signals, say, ready, state, normalisation)
 
 
-def _begin(members: list[loop.Member], supply: batches.Source) -> list[predictor.Normalisation]:
+def _begin(
+    members: list[loop.Member], supplies: list[batches.Source]
+) -> list[predictor.Normalisation]:
     """Measures every member's normalisation and writes their cards."""
     table = dataclasses.asdict(eq.table(members[0].config.eq_table))
     measured = []
-    for member in members:
-        own = supply if len(members) == 1 else batches.of_member(supply, member.config.seed)
+    for member, own in zip(members, supplies, strict=True):
         measured.append(batches.measure_normalisation(member.config, own))
         facts = {name: np.asarray(x).tolist() for name, x in measured[-1]._asdict().items()}
         plain = as_dict(member.config)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train import POOLED, TINY, losses, silent
 
-from eqst import checkpoint, config, mesh, recipes, train
+from eqst import batches, checkpoint, config, corpus, mesh, recipes, train
 
 # Rounding alone: sums in another order, in products of several members at once.
 SAME_PARAMS, SAME_CURVE = 1e-4, 1e-4
@@ -76,6 +76,39 @@ def test_members_of_one_program_are_what_they_are_alone(variant, devices, cache,
         assert_same_run(alone, folders[i])
     first, second = (losses(folder) for folder in folders[:2])
     assert not np.allclose(first, second, rtol=0.01)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_members_may_hold_out_folds_of_their_own(devices, cache, tmp_path):
+    """And draw, measure and judge on the talkers of their own fold, as a run alone does."""
+    folds = [{"data.folds": 3, "data.fold": i % 3, "seed": i} for i in range(4)]
+    configs = [settings(cache, POOLED, x, {"train.devices": devices}) for x in folds]
+    folders = [tmp_path / f"together/{i}" for i in range(len(folds))]
+    lines: list[str] = []
+    train.train_together(configs, folders, lines.append)
+    assert any("each member holds out its fold of 3" in line for line in lines)
+    for i, own in enumerate(folds):
+        alone = tmp_path / f"alone/{i}"
+        train.train(settings(cache, POOLED, own), alone, silent)
+        assert_same_run(alone, folders[i])
+    record = (folders[0] / "metrics.jsonl").read_text()
+    assert "valid_shape_db" in record and "train_exact_shape_db" not in record
+
+
+def test_folds_draw_the_same_examples_from_one_corpus_as_from_their_own(cache):
+    """Bitwise, and no talker that a fold holds out is ever drawn."""
+    configs = [settings(cache, MEL, {"data.folds": 4, "data.fold": i}) for i in range(4)]
+    whole, weight_NR = corpus.open_folds([x.data for x in configs], silent)
+    devices, numbers = mesh.make_mesh(1), np.arange(64)
+    supply = batches.make_source(configs[0], whole, devices, silent)
+    for own, weight_R in zip(configs, weight_NR, strict=True):
+        recordings = corpus.open_corpus(own.data, "train", silent)
+        drawn = {whole.talker_R[r] for r in np.flatnonzero(weight_R)}
+        assert drawn == set(recordings.talker_R) < set(whole.talker_R)
+        alone = batches.make_source(own, recordings, devices, silent)
+        shared = batches.of_member(supply, own.seed, weight_R)
+        seen = [jax.jit(x.see, static_argnums=2)(numbers, x.constants, 0) for x in (alone, shared)]
+        jax.tree.map(np.testing.assert_array_equal, *seen)
 
 
 def test_members_lie_apart_before_they_share_devices():
@@ -168,5 +201,9 @@ def test_members_that_cannot_share_a_program_are_refused(cache, tmp_path):
         train.train_together([one, settings(cache, POOLED, {"model.hidden": 8})], folders, silent)
     pair = [settings(cache, MEL, {"data.pipeline": "tfdata"}, {"seed": seed}) for seed in (0, 1)]
     with pytest.raises(config.ConfigError, match="pipeline=resident"):
+        train.train_together(pair, folders, silent)
+    folds = {"data.folds": 3, "data.different_recordings": True}
+    pair = [settings(cache, MEL, folds, {"data.fold": fold}) for fold in (0, 1)]
+    with pytest.raises(config.ConfigError, match="differ in data.fold: 0 -> 1"):
         train.train_together(pair, folders, silent)
     assert list(tmp_path.iterdir()) == []
