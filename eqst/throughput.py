@@ -102,19 +102,21 @@ def _compiled(
     normalisation = predictor.Normalisation(jnp.zeros(shape), jnp.full(shape, 15.0))
     state = learner.init_state(made)
     step = functools.partial(learner.train_step, made)
+    own: Any = None
     if case.members > 1:
         seeds = range(case.members)
         source = batches.of_members(
             [batches.of_member(source, seed, weight_R) for seed in seeds], jax.device_put
         )
         state = jax.tree.map(lambda x: jnp.stack([x] * case.members), state)
-        step = jax.vmap(step, in_axes=(0, None, 0))
+        own = learner.stacked_knobs([made] * case.members)
+        step = jax.vmap(step, in_axes=(0, None, 0, 0))
 
     def see(k_B: jax.Array, constants: Any) -> batches.Seen:
         return source.see(k_B, constants, 0)
 
     def whole(state: Any, k_B: jax.Array, constants: Any) -> Any:
-        state, terms = step(state, normalisation, see(k_B, constants))
+        state, terms = step(state, normalisation, see(k_B, constants), own)
         return state, terms.loss, k_B + case.batch
 
     numbers = jnp.arange(case.batch, dtype=jnp.int32)
