@@ -195,7 +195,9 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", None, "Recording it shall sound like.")
     flags.DEFINE_string("output", None, "Audio file to write; its extension names the container.")
     flags.DEFINE_string(
-        "settings", None, "File to write the EQ to: JSON, or for Equalizer APO if it ends in .txt."
+        "settings",
+        None,
+        "File for the EQ: .json, or .txt for Equalizer APO (preamp safe for any tone).",
     )
     flags.DEFINE_string("picture", None, "PNG, SVG or PDF to draw spectra and EQ in.")
     flags.DEFINE_float("amount", 1.0, "Factor on the gains in dB.", -2.0, 2.0)

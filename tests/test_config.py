@@ -210,9 +210,7 @@ def test_the_page_of_settings_has_them_as_they_are():
     ]
     assert heads[1] == "default" and len(rows) > 10
     columns = [config.default()]
-    columns += [
-        runpy.run_path(str(FILES[0].parent / name))["get_config"]() for name in heads[2:-1]
-    ]
+    columns += [runpy.run_path(str(FILES[0].parent / name))["get_config"]() for name in heads[2:-1]]
     for key, *cells in ((row[0], *row[1:-1]) for row in rows):
         values = [str(dict(leaves(column.to_dict()))[key]) for column in columns]
         wanted = [values[0], *("" if x == values[0] else x for x in values[1:])]

@@ -67,22 +67,25 @@ def page(request: pytest.FixtureRequest, repo: Path) -> tuple[str, str]:
 
 def by_label(stored: dict[str, Any]) -> dict[str, Row]:
     return {
-        f"{factor}: {row['level']}": row for factor, rows in stored["tables"].items() for row in rows
+        f"{factor}: {row['level']}": row
+        for factor, rows in stored["tables"].items()
+        for row in rows
     }
 
 
 def check_table(heads: list[str], rows: list[list[str]], labels: dict[str, Row]) -> set[str]:
-    """Every cell of a table of variants or of levels; gives the labels it has."""
+    """Every cell of a table of variants or of levels; gives the labels it has. What is wrong is
+    said as the rows that should stand there, to be pasted."""
     variants = re.fullmatch(r"model \((\d+) seeds\)", heads[0])
     assert variants or heads[0] == "`factor: level`", f"a table of what? {heads[0]}"
-    found = set()
+    found, wrong = set(), []
     for cells in rows:
         assert len(cells) == len(heads), cells
         name = cells[0].strip("`")
         label = f"variant: {name}" if variants else name
         assert label in labels, f"{label}: not in ablation.json"
         found.add(label)
-        row, column = labels[label], None
+        row, column, right = labels[label], None, [cells[0]]
         assert not variants or row["seeds"] == int(variants[1]), f"{label}: {row['seeds']} seeds"
         for head, cell in zip(heads[1:], cells[1:], strict=True):
             column = column_of(head) or column
@@ -94,7 +97,10 @@ def check_table(heads: list[str], rows: list[list[str]], labels: dict[str, Row])
                 allowed = difference(row["differences"][column])
             else:
                 allowed = ("",)
-            assert cell in allowed, f"{label}, {head}: {cell!r}, but ablation.json has {allowed[0]}"
+            right.append(cell if cell in allowed else allowed[0])
+        if right != cells:
+            wrong.append(f"| {' | '.join(right)} |")
+    assert not wrong, "ablation.json has\n" + "\n".join(wrong)
     return found
 
 
@@ -104,7 +110,7 @@ def test_the_ablation_is_the_jsons(page: tuple[str, str], stored: dict[str, Any]
     text, labels = section(text, ABLATION), by_label(stored)
     in_tables = [check_table(table[0], table[1:], labels) for table in tables(text)]
     assert in_tables
-    prose = " ".join(x for x in text.splitlines() if not x.startswith("|"))
+    prose = " ".join(" ".join(x for x in text.splitlines() if not x.startswith("|")).split())
     claimed = set()
     for label, said in CLAIM.findall(prose):
         assert label in labels, f"{name}: {label}: not in ablation.json"
@@ -120,7 +126,12 @@ def test_the_ablation_is_the_jsons(page: tuple[str, str], stored: dict[str, Any]
         for label, row in labels.items()
         if any(row["differences"][x]["clear"] for x in columns if x in row["differences"])
     }
-    assert clear <= claimed.union(*in_tables), f"{name}: clear, and not said"
+    missing = clear - claimed.union(*in_tables)
+    assert not missing, f"{name}: clear, and not said: {sorted(missing)}"
+    (nothing,) = re.findall(r"Nothing clear in ([^.]*)\.", prose)
+    for factor in re.findall(r"`([^`]+)`", nothing):
+        assert factor in stored["tables"], f"{name}: {factor} is no factor of ablation.json"
+        assert not any(label.startswith(f"{factor}: ") for label in clear), f"{name}: {factor}"
 
 
 def test_every_level_is_the_jsons(repo: Path, stored: dict[str, Any]) -> None:
@@ -195,7 +206,9 @@ def test_the_three_figures_of_one_name_are_the_jsons(repo: Path, stored: dict[st
     wanted = {
         "above, 400 pairs": held_out["plain"]["3 s"]["model"]["shape_rmse_db"],
         "ablation": row["figures"]["plain 3 s"],
-        "open benchmark": board["db_mel_pm"]["scores"]["speech-3s-plain"]["figures"]["shape_rmse_db"],
+        "open benchmark": board["db_mel_pm"]["scores"]["speech-3s-plain"]["figures"][
+            "shape_rmse_db"
+        ],
     }
     for (cell, where, _), (name, x) in zip(rows, wanted.items(), strict=True):
         assert name in where and cell in figure(x), figure(x)
