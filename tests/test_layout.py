@@ -53,7 +53,7 @@ ORDER = (
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
     # a sweep's runs
-    *("sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
+    *("sweeps.spaces", "sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
     *("sweeps.turn", "sweeps.progress", "sweeps.slurm"),
     *("sweeps.bucket", "sweeps.clone", "sweeps.gcloud", "sweeps.queued", "sweeps.pool"),
     # the open benchmark
