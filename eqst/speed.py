@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from eqst import card, charts, command, files
-from eqst.contests import SECTIONS
+from eqst import card, charts, command, contests, files, scaling
 from eqst.timing import FULL, Say, Section, Size
+
+SECTIONS = contests.SECTIONS | scaling.SECTIONS
 
 
 def table(sections: dict[str, Section]) -> str:

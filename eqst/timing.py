@@ -27,6 +27,8 @@ class Size(NamedTuple):
     steps: int = 60
     file_seconds: float = 180.0
     hour_seconds: float = 3600.0
+    devices: int = 8  # a power of 2
+    members: int = 8
 
 
 FULL = Size()
