@@ -1,4 +1,4 @@
-"""What it costs to be many, for `eqst.speed`: devices and processes.
+"""What it costs to be many, for `eqst.speed`: devices, processes, and runs that share a program.
 
 Everything is on the CPU of one machine, in child processes that are told how many devices they have
 and who the others are, as `eqst.processes` reads it. Virtual devices share the machine's cores: no
@@ -8,6 +8,8 @@ the same batch is the runtime's own: splitting, summing gradients, gathering.
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import functools
 import json
 import os
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from eqst import batches, config, eq, learner, mesh, predictor, processes, recipes
-from eqst.timing import Say, Section, Size
+from eqst import batches, command, config, corpus, eq, learner, mesh, predictor, processes, recipes
+from eqst.timing import Say, Section, Size, target
+from eqst.train import train_together
 
 RECIPES: dict[str, Callable[[], config_dict.ConfigDict]] = {
     "pooled": recipes.pooled,
@@ -204,4 +207,106 @@ def _timed(case: Case, steps: int) -> tuple[list[float], float]:
     return seconds[_WARM_STEPS:], loss
 
 
-SECTIONS = {"scaling": scaling}
+# --- runs that share a program -------------------------------------------------------------------
+
+
+def replicas(size: Size, say: Say) -> Section:
+    """Runs as one program, against the same runs one after the other and two at a time."""
+    rows = [row for recipe in RECIPES for row in contest(recipe, size, say)]
+    targets = [
+        target(f"{row['what']}, time to ours", row["ratio"], least=1.0)
+        for row in rows
+        if "as one program" not in row["what"]
+    ]
+    about = (
+        f"{size.members} runs of {size.steps} steps of {size.batch} pairs that differ in seed and "
+        "learning rate, on one CPU device each: wall time from the start of Python, compilation "
+        "and evaluation included, nothing compiled before; step: of one run's step, at the rate "
+        "at which all of them together go"
+    )
+    return Section(about, rows, targets)
+
+
+def contest(recipe: str, size: Size, say: Say) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        members = _members(recipe, size, root / "cache")
+        for split in ("train", "valid"):  # the recordings are there before anyone's clock runs
+            corpus.open_corpus(members[0].data, split, say)
+        singles = [[member] for member in members]
+        for name, units, jobs in (
+            ("as one program", [members], 1),
+            ("one after the other", singles, 1),
+            ("two at a time", singles, 2),
+        ):
+            spent, step_s = _trained(units, jobs, root / name.replace(" ", "_"))
+            say(f"replicas: {recipe}, {len(members)} runs {name}: {spent:.0f} s")
+            row = {"what": f"{recipe}, {len(members)} runs {name}", "seconds": spent}
+            rows.append(row | {"step_milliseconds": 1e3 * step_s})
+    for row in rows:
+        row["ratio"] = row["seconds"] / rows[0]["seconds"]
+        row["step_ratio"] = row["step_milliseconds"] / rows[0]["step_milliseconds"]
+    return rows
+
+
+def _members(recipe: str, size: Size, cache: pathlib.Path) -> list[config.Config]:
+    """Small runs that can share a program."""
+    raw = RECIPES[recipe]()
+    raw.data.cache_dir, raw.data.synthetic_talkers = str(cache), size.talkers
+    raw.data.segment_seconds = (3.0,)
+    raw.model.hidden, raw.model.channels = 128, 8
+    raw.features.mel_bands = 64
+    raw.train.batch_size, raw.train.steps, raw.train.devices = size.batch, size.steps, 1
+    raw.train.eval_every = raw.train.checkpoint_every = size.steps
+    raw.train.log_every, raw.train.eval_pairs = max(size.steps // 3, 1), 8
+    base = config.validate(raw)
+    return [
+        dataclasses.replace(
+            base,
+            seed=i,
+            train=dataclasses.replace(base.train, learning_rate=1e-3 * 1.3**i),
+        )
+        for i in range(size.members)
+    ]
+
+
+def _trained(
+    units: Sequence[Sequence[config.Config]], jobs: int, root: pathlib.Path
+) -> tuple[float, float]:
+    """Trains units in processes of their own, so many at a time; seconds that all of it took, and
+    those of a step of one run, by the last line of its record."""
+    program = "import sys; from eqst import scaling; scaling.train_unit(*sys.argv[1:])"
+    # A cache of compiled programs of this very contender: of equal ones the first compiles.
+    own = {"XDG_CACHE_HOME": str(root / "cache"), "JAX_PLATFORMS": "cpu"}
+    unset = (*processes.ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", "JAX_NUM_CPU_DEVICES")
+    environment = {k: x for k, x in os.environ.items() if k not in unset} | own
+
+    def run(number: int) -> None:
+        plain = json.dumps([config.as_dict(x) for x in units[number]])
+        words = [sys.executable, "-c", program, plain, str(root / str(number))]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"a run that is timed failed: {' '.join(done.stderr[-300:].split())}")
+
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, range(len(units))))
+    spent = time.perf_counter() - began
+    rates = []
+    for path in sorted(root.glob("*/*/metrics.jsonl")):
+        logged = [x for x in map(json.loads, path.read_text().splitlines()) if "pairs_per_s" in x]
+        rates.append(logged[-1]["pairs_per_s"])  # the first is compilation
+    members = len(units[0])  # of a program go through a step together
+    return spent, units[0][0].train.batch_size / float(np.median(rates)) / members / jobs
+
+
+def train_unit(plain: str, root: str) -> None:
+    """The body of a child: trains runs as one program."""
+    command.keep_compiled()
+    configs = [config.from_dict(x) for x in json.loads(plain)]
+    train_together(configs, [f"{root}/{i}" for i in range(len(configs))])
+
+
+SECTIONS = {"scaling": scaling, "replicas": replicas}

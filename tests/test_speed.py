@@ -102,3 +102,17 @@ def test_what_is_compared_with_one_device_has_its_batch():
 def test_a_child_that_fails_is_said():
     with pytest.raises(ValueError, match="a child that times steps failed: .*fsdp=2 does not"):
         scaling._in_children([scaling.Case("pooled", 1, 2, 2)], 1, 1, 1)
+
+
+@pytest.mark.long
+def test_runs_as_one_program_are_compared_with_the_same_runs_alone():
+    said: list[str] = []
+    rows = scaling.contest("pooled", TINY, said.append)
+    assert [row["what"].partition(" runs ")[2] for row in rows] == [
+        "as one program",
+        "one after the other",
+        "two at a time",
+    ]
+    assert rows[0]["ratio"] == rows[0]["step_ratio"] == 1.0
+    assert all(np.isfinite(x) and x > 0 for row in rows for k, x in row.items() if k != "what")
+    assert sum(line.startswith("replicas: ") for line in said) == 3
