@@ -126,7 +126,7 @@ def test_an_element_of_several_runs(fake: Path, repo: Path, tmp_path: Path) -> N
     first = "rate/0.001/0,rate/0.003/0,rate/0.001/1"
     (entry,) = slurm.submissions(work)
     assert entry.members == [first, "rate/0.003/1", "rate/continuous/0"]
-    assert said == [f"submitted 5 runs as 3 programs: job 100, {entry.name}"]
+    assert said == [f"submitted 5 runs as 3 program(s): job 100, {entry.name}"]
     assert "--array=0-2" in calls(fake, "sbatch")[0]
     assert f"members=(\n  {first}\n" in (work / "slurm-1.sh").read_text()
     # Slurm's word on the element is its word on each of its runs; none is submitted twice.

@@ -175,7 +175,7 @@ def test_several_runs_as_one_program_are_requeued_together(
     on_slurm = [f"--workdir={work}", "--backend=slurm", "--only=rate", "--replicas=4"]
     first = run(*on_slurm)
     assert first.returncode == 0, first.stderr
-    assert "submitted 2 runs as 1 programs: job" in first.stdout
+    assert "submitted 2 runs as 1 program(s): job" in first.stdout
     wait_for(work / names[0] / "log.txt", r"^step 15/40")
     status = run(*on_slurm, "--status")
     assert "2 runs: 2 running" in status.stdout, status.stdout

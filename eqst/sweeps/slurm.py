@@ -362,7 +362,7 @@ class Array:
                 units = self._units(fresh)
                 entry = submit(self._sweep, units)
                 self._tries.update(entry.names())
-                programs = f" as {len(units)} programs" if len(units) < len(fresh) else ""
+                programs = f" as {len(units)} program(s)" if len(units) < len(fresh) else ""
                 self._say(f"submitted {len(fresh)} runs{programs}: job {entry.job}, {entry.name}")
         finally:
             if held is not None:
