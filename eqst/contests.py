@@ -278,7 +278,8 @@ def training_step(size: Size, say: Say) -> Section:
 
 def training_run(size: Size, say: Say) -> Section:
     """The training command of `db_mel_pm`: pairs per second and the share that waits for input."""
-    rows, targets = [], []
+    rows: list[dict[str, Any]] = []
+    targets = []
     choices = {"resident": {}, "tf.data": {"data__pipeline": "tfdata"}}
     for name, changes in choices.items():
         chosen = _synthetic(
@@ -297,7 +298,9 @@ def training_run(size: Size, say: Say) -> Section:
         logged = [x for x in map(json.loads, lines) if "pairs_per_s" in x]
         last = logged[-1]  # the first is compilation
         row = {"what": f"db_mel_pm, {name}", "pairs_per_s": last["pairs_per_s"]}
-        rows.append(row | {"input_wait": last["input_wait"]})
+        ours = rows[0]["pairs_per_s"] if rows else last["pairs_per_s"]
+        row |= {"ratio": ours / last["pairs_per_s"], "input_wait": last["input_wait"]}
+        rows.append(row)
         targets.append(target(f"input wait, {name}", last["input_wait"], most=0.05))
     about = f"batches of {size.batch}, the last third of {size.steps} steps, features included"
     return Section(about, rows, targets)

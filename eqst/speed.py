@@ -16,12 +16,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from eqst import card, charts, command, contests, files, throughput
+from eqst import card, charts, command, contests, files, scaling, throughput
 from eqst.timing import FULL, Say, Section, Size
 
 # What is meant for an accelerator is run on a CPU only when it is asked for by name.
 _ON_DEVICES = {"device_steps": throughput.device_steps}
-SECTIONS = contests.SECTIONS | _ON_DEVICES
+SECTIONS = contests.SECTIONS | scaling.SECTIONS | _ON_DEVICES
 
 
 def table(sections: dict[str, Section]) -> str:
@@ -92,8 +92,9 @@ def main() -> None:
     """The command."""
     values = flags.FLAGS
     size = FULL._replace(rounds=values.rounds)
-    by_default = contests.SECTIONS if jax.default_backend() == "cpu" else SECTIONS
-    run(values.output, values.section or list(by_default), size, overwrite=values.overwrite)
+    left_out = _ON_DEVICES if jax.default_backend() == "cpu" else {}
+    by_default = [name for name in SECTIONS if name not in left_out]
+    run(values.output, values.section or by_default, size, overwrite=values.overwrite)
 
 
 if __name__ == "__main__":

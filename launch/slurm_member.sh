@@ -1,23 +1,32 @@
 # The body of a batch script of `launch/sweep.py --backend=slurm` (eqst/sweeps/slurm.py), one element
-# of its job array: one run of the sweep, from wherever it stopped. Above stand the variables:
-# members, workdir, command, srun_options, max_restarts, max_crashes.
+# of its job array: one run of the sweep, or several as one program (A,B), from wherever it stopped.
+# Above stand the variables: members, workdir, command, srun_options, max_restarts, max_crashes.
 # shellcheck shell=bash disable=SC2154
 member=${members[SLURM_ARRAY_TASK_ID]}
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # of this element alone: the bare number may be all
 restart=${SLURM_RESTART_COUNT:-0}
-folder=$workdir/$member
+IFS=, read -ra names <<<"$member"
+folder=$workdir/${names[0]}
 export EQST_ATTEMPT="slurm $task $restart" # eqst/sweeps/turn.py: it takes over from earlier ones
 # Since Slurm 22.05 srun takes no --cpus-per-task from its job.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-note() { echo "$(date +%FT%T) $task $*" >>"$folder/slurm.log"; }
+note() {
+  local name line
+  line="$(date +%FT%T) $task $*"
+  for name in "${names[@]}"; do
+    echo "$line" >>"$workdir/$name/slurm.log"
+  done
+}
 # Exits with a code that no RequeueExit of the cluster will have.
 fail() {
   note "failed $*"
   exit 1
 }
 
-mkdir -p "$folder" || exit 1
+for name in "${names[@]}"; do
+  mkdir -p "$workdir/$name" || exit 1
+done
 [ "$restart" -le "$max_restarts" ] || fail "after $max_restarts restarts"
 note "start $restart on ${SLURM_JOB_NODELIST:-?}"
 

@@ -179,10 +179,6 @@ def _run_here(work: Work) -> list[str]:
 def _slurm_sweep() -> slurm.Sweep:
     """What is submitted, by the flags."""
     options = flags.FLAGS
-    if options.replicas > 1:
-        raise ValueError(
-            f"--replicas={options.replicas}: --backend=slurm runs one run in each element: leave it"
-        )
     if "://" in options.workdir:
         raise ValueError(
             f"--workdir={options.workdir}: --backend=slurm needs a folder that all nodes share"
@@ -209,6 +205,7 @@ def _run_on_slurm(work: Work) -> list[str]:
         lambda fresh: single.prepare(fresh, options.data, options.manifest),
         say,
         retry=options.retry,
+        replicas=options.replicas,
     )
     failed = array.submit()
     if not options.wait:
@@ -363,8 +360,9 @@ def _gather(
 
 
 def _work(todo: list[members.Member], is_done: Callable[[members.Member], bool]) -> Work:
-    """Runs to do, in units of --replicas."""
-    units = members.units(todo, flags.FLAGS.replicas)
+    """Runs to do, in units of --replicas; on Slurm each by itself, until they are submitted."""
+    together = 1 if flags.FLAGS.backend == "slurm" else flags.FLAGS.replicas
+    units = members.units(todo, together)
     return Work(units, lambda member: all(is_done(x) for x in units[member.name]))
 
 
@@ -386,7 +384,8 @@ def main() -> None:
                 plan = _tpu_plan(work, pathlib.Path(folder))
                 print("\n".join(pool.dry_lines(_tpu_site(), plan, work.first())))
         if on_slurm:
-            print(slurm.dry_text(_slurm_sweep(), [x.name for x in work.first()]))
+            units = members.units(work.first(), options.replicas).values()
+            print(slurm.dry_text(_slurm_sweep(), [slurm.unit_name(unit) for unit in units]))
         return
     if options.status:
         _status(workdir, chosen)

@@ -51,19 +51,10 @@ ORDER = (
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
-    *(
-        "match",
-        "evaluate",
-        "triples",
-        "accuracy",
-        "timing",
-        "rivals",
-        "contests",
-        "throughput",
-        "speed",
-    ),
+    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests"),
+    *("scaling", "throughput", "speed"),
     # a sweep's runs
-    *("sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
+    *("sweeps.spaces", "sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
     *("sweeps.turn", "sweeps.progress", "sweeps.slurm"),
     *("sweeps.bucket", "sweeps.clone", "sweeps.gcloud", "sweeps.queued", "sweeps.pool"),
     # the open benchmark

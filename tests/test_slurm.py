@@ -11,7 +11,7 @@ from typing import Any
 import fake_slurm
 import pytest
 from fake_slurm import calls
-from test_sweep import CONFIG, members_of
+from test_sweep import CONFIG, RATES, members_of
 
 from eqst.sweeps import slurm
 
@@ -112,6 +112,46 @@ def test_nothing_is_submitted_twice(fake: Path, repo: Path, tmp_path: Path, runs
     assert calls(fake, "scancel") == [["scancel", "100", "101"]]
 
 
+def test_an_element_of_several_runs(fake: Path, repo: Path, tmp_path: Path) -> None:
+    """--replicas: runs that can share a program are one element, until one of them has failed."""
+    (tmp_path / "rates.py").write_text(RATES)
+    runs = members_of(tmp_path / "rates.py")
+    sweep, done, work = sweep_in(repo, tmp_path / "w"), Done(), tmp_path / "w"
+    said: list[str] = []
+
+    def array() -> slurm.Array:
+        return slurm.Array(sweep, runs, done, lambda x: None, said.append, retry=False, replicas=3)
+
+    assert array().submit() == []
+    first = "rate/0.001/0,rate/0.003/0,rate/0.001/1"
+    (entry,) = slurm.submissions(work)
+    assert entry.members == [first, "rate/0.003/1", "rate/continuous/0"]
+    assert said == [f"submitted 5 runs as 3 program(s): job 100, {entry.name}"]
+    assert "--array=0-2" in calls(fake, "sbatch")[0]
+    assert f"members=(\n  {first}\n" in (work / "slurm-1.sh").read_text()
+    # Slurm's word on the element is its word on each of its runs; none is submitted twice.
+    queue(fake, f"{entry.name}|100|0|RUNNING|None", f"{entry.name}|100|1|PENDING|Priority",
+          f"{entry.name}|100|2|COMPLETED|None")  # fmt: skip
+    done.add("rate/continuous/0")
+    assert array().submit() == [] and len(calls(fake, "sbatch")) == 1
+    states = slurm.words(work)
+    assert [states[x] for x in first.split(",")] == [("running", "")] * 3
+    assert states["rate/0.003/1"] == ("queued", "Priority")
+    # One is done, and the others have failed with the program: each goes again by itself; what
+    # has only lost its node shares a program with whom it can.
+    done.add("rate/0.001/0")
+    for name in first.split(","):
+        (work / name).mkdir(parents=True)
+        (work / name / "slurm.log").write_text("t 100_0 start 0 vm\nt 100_0 failed 1\n")
+    (work / "rate/0.001/0/log.txt").write_text("launch/sweep.py: no memory\n")
+    queue(fake, f"{entry.name}|100|0|FAILED|NonZeroExitCode", f"{entry.name}|100|1|NODE_FAIL|None")
+    assert slurm.words(work)["rate/0.003/0"] == ("failed", "no memory")
+    assert array().submit() == []
+    again = slurm.submissions(work)[1]
+    assert again.members == ["rate/0.003/1", "rate/0.003/0", "rate/0.001/1"]
+    assert slurm.cancel([entry, again]) == []
+
+
 def test_killed_before_sbatch_answers(fake: Path, repo: Path, tmp_path: Path, runs: list) -> None:
     """The job is in the queue, its number nowhere: its name tells what it is."""
     sweep = sweep_in(repo, tmp_path / "w")
@@ -204,12 +244,13 @@ def element(fake: Path, repo: Path, tmp_path: Path):
     """A function that runs element 1 of a submission as Slurm would; gives its exit code."""
     sweep = sweep_in(repo, tmp_path / "with space", srun=["--mpi=none"])
     path = tmp_path / "script.sh"
-    path.write_text(slurm.script(sweep, ["head/a/0", "head/b/0"]))
+    path.write_text(slurm.script(sweep, ["head/a/0", "head/b/0", "head/b/1,head/c/0,head/c/1"]))
 
-    def start(restart: int = 0, background: bool = False) -> Any:
+    def start(restart: int = 0, background: bool = False, index: int = 1) -> Any:
         environment = {
             **os.environ,
-            **{"SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "107"},
+            **{"SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": str(index)},
+            "SLURM_JOB_ID": "107",
             "SLURM_CPUS_PER_TASK": "3",
         }
         if restart:
@@ -236,6 +277,23 @@ def test_an_element_that_is_done_or_fails(element, fake: Path, tmp_path: Path) -
         assert element() == 1  # a code that no cluster requeues
     assert slurm.failures(tmp_path / "with space", "head/b/0") == 3
     assert not calls(fake, "scontrol") and not calls(fake, "scancel")
+
+
+def test_an_element_of_several_runs_writes_into_each_log(
+    element, fake: Path, tmp_path: Path
+) -> None:
+    workdir, names = tmp_path / "with space", ["head/b/1", "head/c/0", "head/c/1"]
+    (fake / "srun.run").write_text("echo once; exit 75")
+    assert element(index=2) == 0
+    assert calls(fake, "srun")[0][-1] == f"--member={','.join(names)}"
+    assert calls(fake, "scontrol") == [["scontrol", "requeue", "100_2"]]
+    assert [(workdir / x / "log.txt").exists() for x in names] == [True, False, False]
+    (fake / "srun.run").write_text("exit 1")
+    assert element(1, index=2) == 1
+    logs = [(workdir / name / "slurm.log").read_text() for name in names]
+    assert logs[0] == logs[1] == logs[2] and [slurm.failures(workdir, x) for x in names] == [1] * 3
+    events = [line.split(maxsplit=2)[2].partition(" on ")[0] for line in logs[0].splitlines()]
+    assert events == ["start 0", "end 75", "start 1", "end 1", "failed 1"]
 
 
 def test_an_element_that_is_interrupted_or_crashes(element, fake: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import slurm_lab
+from test_processes import assert_same_curve
 from test_sweep import CONFIG
 
 from eqst import checkpoint
@@ -28,6 +29,8 @@ def sweep(argument=""):
     yield "length", "long", 0, {"train.steps": 60, **long}
     yield "broken", "broken", 0, {"data.min_loudness_lufs": 0.0}
     yield "endless", "endless", 0, {"train.steps": 1_000_000, **long}
+    for rate in (1e-3, 2e-3):  # as one program
+        yield "rate", str(rate), 0, {"train.steps": 40, "train.learning_rate": rate, **long}
 """
 PATIENCE_SECONDS = 900
 
@@ -156,3 +159,75 @@ def test_told_to_stop_requeued_and_cancelled(
     assert queue(slurm) == "" and " start 2 on " not in (folder / "slurm.log").read_text()
     status = run("--status")
     assert "1 runs: 1 interrupted" in status.stdout, status.stdout
+
+
+def test_several_runs_as_one_program_are_requeued_together(
+    slurm: dict[str, str], words: list[str], repo: Path, tmp_path: Path
+) -> None:
+    """--replicas: one element, killed once, whose runs end as they do here undisturbed."""
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*words, *more], cwd=repo, env=slurm, capture_output=True, text=True, timeout=1800
+        )
+
+    names, work = ["rate/0.001/0", "rate/0.002/0"], tmp_path / "w"
+    on_slurm = [f"--workdir={work}", "--backend=slurm", "--only=rate", "--replicas=4"]
+    first = run(*on_slurm)
+    assert first.returncode == 0, first.stderr
+    assert "submitted 2 runs as 1 program(s): job" in first.stdout
+    wait_for(work / names[0] / "log.txt", r"^step 15/40")
+    status = run(*on_slurm, "--status")
+    assert "2 runs: 2 running" in status.stdout, status.stdout
+    assert "submitted" not in run(*on_slurm).stdout
+    holders = {json.loads((work / x / "turn.json").read_text())["process"] for x in names}
+    assert len(holders) == 1
+    os.kill(holders.pop(), signal.SIGKILL)
+    follow = run(*on_slurm, "--wait")
+    assert follow.returncode == 0, follow.stdout + follow.stderr
+    logs = [(work / name / "slurm.log").read_text() for name in names]
+    events = [line.split(maxsplit=2)[2].partition(" on ")[0] for line in logs[0].splitlines()]
+    assert logs[0] == logs[1] and events == ["start 0", "end 137", "start 1", "end 0"]
+    text = (work / names[0] / "log.txt").read_text()
+    assert "2 of them in one program" in text and re.search(
+        r"^resumed at step [1-3]0 of 40$", text, re.M
+    )
+    assert not (work / names[1] / "log.txt").exists()
+    (entry,) = json.loads((work / "slurm.json").read_text())
+    assert entry["members"] == [",".join(names)]
+    here = run(f"--workdir={tmp_path}/here", "--only=rate", "--replicas=4")
+    assert here.returncode == 0, here.stderr
+    for name in names:
+        mine, theirs = work / name, tmp_path / "here" / name
+        errors = "heldout/errors.csv"
+        assert (mine / errors).read_bytes() == (theirs / errors).read_bytes()
+        loaded = [checkpoint.load(path, which="last").params for path in (mine, theirs)]
+        jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_two_tasks_of_one_run_train_as_one_process_does(
+    slurm: dict[str, str], words: list[str], repo: Path, tmp_path: Path
+) -> None:
+    """srun starts two processes, which find each other by what Slurm tells them."""
+    words = [*words, "--only=rate/0.001"]
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*words, *more], cwd=repo, env=slurm, capture_output=True, text=True, timeout=1800
+        )
+
+    two = run(f"--workdir={tmp_path}/two", "--backend=slurm", "--sbatch=--ntasks=2", "--wait")
+    folder = tmp_path / "two/rate/0.001/0"
+    text = (folder / "log.txt").read_text()
+    assert two.returncode == 0, two.stdout + two.stderr + text[-2000:]
+    assert "2 cpu device(s)" in text and text.count("step 40/40") == 1
+    one = run(f"--workdir={tmp_path}/one")
+    assert one.returncode == 0, one.stderr
+    assert_same_curve(tmp_path / "one/rate/0.001/0", folder)
+    errors = [
+        np.loadtxt(tmp_path / name / "rate/0.001/0/heldout/errors.csv", str, delimiter=",")
+        for name in ("one", "two")
+    ]
+    assert np.array_equal(errors[0][:, :-1], errors[1][:, :-1])
+    shapes = [x[1:, -1].astype(float) for x in errors]
+    np.testing.assert_allclose(*shapes, atol=1e-3)

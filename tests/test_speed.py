@@ -2,14 +2,18 @@
 are nobody's business here."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from eqst import charts, contests, eq, rivals, speed, throughput
+from eqst import charts, eq, rivals, scaling, speed, throughput
 from eqst.timing import Size, in_turns, process, target, timings
 
-TINY = Size(rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60)
+TINY = Size(
+    rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60,
+    devices=2, members=2,
+)  # fmt: skip
 
 
 def test_timings_are_in_turns_and_relative_to_the_first():
@@ -43,7 +47,7 @@ def test_rivals_in_jax_are_the_same_equaliser(form):
 
 def test_a_process_that_fails_is_said():
     with pytest.raises(ValueError, match="failed: .*ModuleNotFoundError"):
-        process([contests.sys.executable, "-c", "import no_such_module"], {})
+        process([sys.executable, "-c", "import no_such_module"], {})
 
 
 def test_device_steps_are_timed_with_their_features_and_their_cost(tmp_path):
@@ -73,9 +77,9 @@ def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [x for x in contests.SECTIONS if x != "responses"])
+@pytest.mark.parametrize("name", [x for x in speed.SECTIONS if x not in ("responses", "replicas")])
 def test_every_section_runs(name, tmp_path):
-    found = contests.SECTIONS[name](TINY, lambda _: None)
+    found = speed.SECTIONS[name](TINY, lambda _: None)
     charts.speed({"sections": {name: found._asdict()}}, tmp_path / "picture.png")
     assert speed.table({name: found}).startswith(f"{name}: ")
     assert found.rows and all(
@@ -84,3 +88,42 @@ def test_every_section_runs(name, tmp_path):
         for key, value in row.items()
         if key != "what"
     )
+
+
+def test_what_is_compared_with_one_device_has_its_batch():
+    """Every case on more devices has a reference of the same model and batch on one."""
+    each = {"pooled": 32, "db_mel_pm": 4}
+    alone = {(x.recipe, x.batch) for x in scaling._cases(1, 8, each)}
+    labels = [scaling._label(x, 1, each[x.recipe] * np.array([1, 8])) for x in
+              scaling._cases(1, 8, each)]  # fmt: skip
+    assert (
+        labels[0] == "pooled, 1 device, weak 32" and labels[1] == "pooled, 1 device, reference 64"
+    )
+    for devices in (2, 4, 8):
+        cases = scaling._cases(devices, 8, each)
+        assert {(x.recipe, x.batch) for x in cases} <= alone
+        assert {x.fsdp for x in cases if x.recipe == "pooled"} == {1, devices}
+        batches = {x.batch for x in cases if x.recipe == "pooled"}
+        assert batches == {32 * devices, 256}
+        assert len(set(cases)) == len(cases)
+    both = scaling._label(scaling.Case("pooled", 8, 256, 8), 4, np.array([32, 256]))
+    assert both == "pooled, 4 processes, fsdp 8, weak and strong 256"
+
+
+def test_a_child_that_fails_is_said():
+    with pytest.raises(ValueError, match="a child that times steps failed: .*fsdp=2 does not"):
+        scaling._in_children([scaling.Case("pooled", 1, 2, 2)], 1, 1, 1)
+
+
+@pytest.mark.long
+def test_runs_as_one_program_are_compared_with_the_same_runs_alone():
+    said: list[str] = []
+    rows = scaling.contest("pooled", TINY, said.append)
+    assert [row["what"].partition(" runs ")[2] for row in rows] == [
+        "as one program",
+        "one after the other",
+        "two at a time",
+    ]
+    assert rows[0]["ratio"] == rows[0]["step_ratio"] == 1.0
+    assert all(np.isfinite(x) and x > 0 for row in rows for k, x in row.items() if k != "what")
+    assert sum(line.startswith("replicas: ") for line in said) == 3

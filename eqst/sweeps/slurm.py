@@ -2,8 +2,9 @@
 
 What was submitted stands in WORKDIR/slurm.json before sbatch is called, and each submission's job
 name is its own, so that whatever is killed when, squeue and the file say together which run is in
-which job. An element of the array is one run (launch/slurm_member.sh): it requeues itself when it
-was interrupted or has crashed, and writes its starts and ends into the run's slurm.log.
+which job. An element of the array is one run, or several that are trained as one program
+(launch/slurm_member.sh): it requeues itself when it was interrupted or has crashed, and writes its
+starts and ends into its runs' slurm.log.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from etils import epath
 
 from eqst import card, files, lock
-from eqst.sweeps import progress
+from eqst.sweeps import members, progress
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
 
@@ -59,11 +60,16 @@ class Sweep(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """One job array; element i is `members[i]`. `job` is "" until sbatch has answered."""
+    """One job array; element i is `members[i]`, a run's name, or several with commas between them
+    (which no name has) as one program. `job` is "" until sbatch has answered."""
 
     name: str
     job: str
     members: list[str]
+
+    def names(self) -> list[str]:
+        """Of all its runs."""
+        return ",".join(self.members).split(",")
 
 
 class Element(NamedTuple):
@@ -161,8 +167,13 @@ def _name(workdir: pathlib.Path, number: int) -> str:
     return f"eqst-{card.digest(str(workdir))[:8]}-{number}"
 
 
+def unit_name(unit: list[Member]) -> str:
+    """What stands for runs that are one program, here and as --member."""
+    return ",".join(member.name for member in unit)
+
+
 def submit(sweep: Sweep, names: list[str]) -> Submission:
-    """Submits members as one array.
+    """Submits members as one array, an element for each of `names` (as `Submission.members`).
 
     Raises:
       ValueError: Slurm takes it not, or is not there.
@@ -233,9 +244,9 @@ def elements(record: list[Submission]) -> dict[str, Element]:
         name, job, index, state, reason = line.strip().split("|", 4)
         if name not in by_name or not index.isdecimal():
             continue
-        member = by_name[name].members[int(index)]
-        if member not in found or rank[name] >= found[member][0]:
-            found[member] = (rank[name], Element(job, state, reason))
+        for member in by_name[name].members[int(index)].split(","):
+            if member not in found or rank[name] >= found[member][0]:
+                found[member] = (rank[name], Element(job, state, reason))
     return {member: element for member, (_, element) in found.items()}
 
 
@@ -260,14 +271,22 @@ def words(workdir: pathlib.Path) -> dict[str, tuple[str, str]]:
     record = submissions(workdir)
     found = elements(record)
     said: dict[str, tuple[str, str]] = {}
-    for name in dict.fromkeys(name for entry in record for name in entry.members):
+    # The log of a program is that of its first run.
+    first = {
+        name: unit.partition(",")[0]
+        for entry in record
+        for unit in entry.members
+        for name in unit.split(",")
+    }
+    for name in first:
         element = found[name] if name in found else None
         if element is not None and element.state not in ENDED:
             said[name] = _word(element)
             continue
         failed = _failures(workdir, name)
         if failed and _last_event(workdir, name) == "failed":
-            said[name] = ("failed", progress.last_words(workdir / name) or f"exit {failed[-1]}")
+            last = progress.last_words(workdir / first[name])
+            said[name] = ("failed", last or f"exit {failed[-1]}")
         elif element is not None and element.state != "COMPLETED":
             said[name] = ("", f"Slurm: {element.state.lower()}")
     return said
@@ -310,10 +329,12 @@ class Array:
         say: Callable[[str], None],
         *,
         retry: bool,
+        replicas: int = 1,
     ) -> None:
         """`prepare` makes once what all of them would make; with `retry` those that have failed
-        too often get another chance."""
+        too often get another chance; up to `replicas` runs that can share a program do so."""
         self._sweep, self._members, self._is_done = sweep, members, is_done
+        self._replicas = replicas
         self._prepare, self._say, self._retry = prepare, say, retry
         self._tries: collections.Counter[str] = collections.Counter()  # of this command
 
@@ -338,9 +359,11 @@ class Array:
                 self._say(f"{len(waiting)} runs are in the queue or run")
             if fresh:
                 self._prepare(fresh)
-                entry = submit(self._sweep, [x.name for x in fresh])
-                self._tries.update(entry.members)
-                self._say(f"submitted {len(fresh)} runs: job {entry.job}, {entry.name}")
+                units = self._units(fresh)
+                entry = submit(self._sweep, units)
+                self._tries.update(entry.names())
+                programs = f" as {len(units)} program(s)" if len(units) < len(fresh) else ""
+                self._say(f"submitted {len(fresh)} runs{programs}: job {entry.job}, {entry.name}")
         finally:
             if held is not None:
                 held.close()
@@ -352,6 +375,17 @@ class Array:
             return True
         self.submit()
         return bool(self._active())
+
+    def _units(self, fresh: list[Member]) -> list[str]:
+        """The elements of an array. A run that has failed goes alone, and takes no other down."""
+        failed = {
+            x.name for x in fresh if self._tries[x.name] or failures(self._sweep.workdir, x.name)
+        }
+        together = [x for x in fresh if x.name not in failed]
+        return [
+            *(unit_name(unit) for unit in members.units(together, self._replicas).values()),
+            *(x.name for x in fresh if x.name in failed),
+        ]
 
     def _active(self) -> set[str]:
         found = active(elements(submissions(self._sweep.workdir)))
