@@ -70,7 +70,7 @@ def scaling(size: Size, say: Say) -> Section:
     alone: dict[tuple[str, int], dict[str, Any]] = {}  # one device, by recipe and batch
     for count, devices in topologies:
         cases = _cases(count * devices, counts[-1], each)
-        if count > 1:  # whose compilation, in each of them, would take most of the time
+        if count > 1:  # each compiles for itself, which takes most of the time
             cases = [case for case in cases if case.recipe == "pooled"]
         say(f"scaling: {count} process(es) of {devices} device(s), {len(cases)} steps")
         found = _in_children(cases, 4 * size.rounds, count, devices)
@@ -94,18 +94,22 @@ def scaling(size: Size, say: Say) -> Section:
 
 
 def _cases(devices: int, most: int, each: dict[str, int]) -> list[Case]:
-    """What is timed on so many devices; on one, all that others are compared with."""
+    """What is timed on so many devices; on one, all that others are compared with.
+
+    The convolutions of `db_mel_pm`, which take long to compile, are timed on one and on the most.
+    """
     weak, strong = each["pooled"] * devices, each["pooled"] * most
-    mel = Case("db_mel_pm", devices, each["db_mel_pm"] * most, 1)
+    ends = (1, most)
+    mel = [Case("db_mel_pm", devices, each["db_mel_pm"] * most, 1)] if devices in ends else []
     if devices == 1:
         doublings = range(most.bit_length())
-        return [*(Case("pooled", 1, each["pooled"] * 2**i, 1) for i in doublings), mel]
+        return [*(Case("pooled", 1, each["pooled"] * 2**i, 1) for i in doublings), *mel]
     pooled = [
         Case("pooled", devices, batch, fsdp)
         for batch in sorted({weak, strong})
         for fsdp in (1, devices)
     ]
-    return [*pooled, mel]
+    return [*pooled, *mel]
 
 
 def _label(case: Case, count: int, ends: np.ndarray) -> str:
