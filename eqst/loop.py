@@ -175,7 +175,7 @@ def run(
         # A process alone has nobody to agree with first.
         told = signals.received is not None and jax.process_count() == 1
         leaving = told or bool(asked_before)
-        log.add(step, terms, waited, count)
+        log.add(step, terms, waited)
         done = step + count
         if done == compiled:  # compilation is no measure of the time left
             jax.block_until_ready(state)

@@ -143,12 +143,12 @@ class Log:
         """From here on, with so many steps done, steps tell the time that is left."""
         self._clock = (time.monotonic(), done)
 
-    def add(self, step: int, terms: Any, waited: float, count: int) -> None:
-        """The terms of a call of `count` steps from this one on, which may still be on their way,
-        and the seconds its batch kept it."""
+    def add(self, step: int, terms: Any, waited: float) -> None:
+        """The terms of a call from this step on, which may still be on their way, and the seconds
+        its batch kept it."""
         self.pending.append((step, terms))
         self._waited += waited
-        self._done += count
+        self._done += len(terms[0])
 
     def drop(self, member: int) -> None:
         """A member is trained no more."""
