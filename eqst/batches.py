@@ -62,15 +62,20 @@ def make_source(
     size = config.train.batch_size
     part = mesh.process_slice(devices, size)
     if data.pipeline == "resident":
-        over = devices if data.shard_corpus and mesh.ways(devices) > 1 else None
+        parts = mesh.ways(devices) if data.shard_corpus else 1
+        over = devices if parts > 1 else None
         held = resident.load(config, recordings, tuple(indices), say, over)
+        specs = resident.places(held, parts)
 
         def numbers(first: int) -> Iterator[Any]:
             return map(np.int32, itertools.count(first))
 
         def see_resident(step: jax.Array, held: resident.Resident, which: int) -> Seen:
-            k_B = mesh.split(devices, step * size + jnp.arange(size, dtype=jnp.int32))
-            return Seen(*resident.batch(config, held, which, k_B, over))
+            def own(step: jax.Array, held: resident.Resident) -> Seen:
+                k_B = step * size + mesh.own_rows(devices, size)
+                return Seen(*resident.batch(config, held, which, k_B, parts))
+
+            return mesh.on_each(devices, own, mesh.COPIED, specs)(step, held)
 
         return Source(numbers, see_resident, _copied(devices, held))
     from eqst import data as tf_data
@@ -80,6 +85,9 @@ def make_source(
         return (mesh.global_batch(devices, batch) for batch in stream)
 
     def see_batch(batch: Any, _: Any, which: int) -> Seen:
+        return mesh.on_each(devices, see_own, mesh.SPLIT)(batch)
+
+    def see_own(batch: Any) -> Seen:
         if data.rendering == "host":
             hear = jax.vmap(functools.partial(observe.heard, config))
             return Seen(hear(batch.input_BT), hear(batch.reference_BT), batch.plan.label_KP)

@@ -36,7 +36,8 @@ MEMBERS = REPLICA_AXIS
 # refused until each line names an out_sharding: placement in modules that should not know of it.
 AXIS_TYPE = AxisType.Auto
 
-SPLIT = PartitionSpec((DATA_AXIS, FSDP_AXIS))
+ROWS = (DATA_AXIS, FSDP_AXIS)
+SPLIT = PartitionSpec(ROWS)
 COPIED = PartitionSpec()
 
 # Smaller leaves (biases, norms) stay whole: to gather them costs more than they weigh.
@@ -241,9 +242,29 @@ def copied(mesh: Mesh, tree: Any) -> Any:
     return placed(NamedSharding(mesh, COPIED), tree)
 
 
-def split(mesh: Mesh, tree: Any) -> Any:
-    """Inside a compiled function: a tree of arrays [examples, ..], split as a batch is."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, SPLIT))
+def on_each(mesh: Mesh, function: Callable, *specs: Any) -> Callable:
+    """A function that each device calls for its own examples alone, and what it gives is a batch.
+
+    The compiler would split most functions so by itself. But for an FFT it gathers the batch (and
+    all members), and every device transforms all of it.
+
+    Args:
+      mesh: from `make_mesh`.
+      function: of arrays as one device has them, to a tree of arrays [own examples, ..].
+      *specs: `SPLIT` or `COPIED` for each argument, or a tree of them.
+    """
+    if mesh.size == 1:
+        return function
+    # Of members (a vmapped axis, see `MEMBERS`) the check of varying axes does not know.
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+
+
+def own_rows(mesh: Mesh, size: int) -> jax.Array:
+    """Within `on_each`: which examples of a batch of this size are the device's own, [rows]."""
+    if mesh.size == 1:
+        return jnp.arange(size, dtype=jnp.int32)
+    rows = size // ways(mesh)
+    return jax.lax.axis_index(ROWS) * rows + jnp.arange(rows, dtype=jnp.int32)
 
 
 def from_parts(mesh: Mesh, make: Callable[[int], np.ndarray]) -> jax.Array:
@@ -265,49 +286,35 @@ def from_parts(mesh: Mesh, make: Callable[[int], np.ndarray]) -> jax.Array:
 
 
 def read_parts(
-    mesh: Mesh,
-    read: Callable[[jax.Array, jax.Array], jax.Array],
-    table: jax.Array | np.ndarray,
+    read: Callable[[Any, jax.Array], jax.Array],
+    part: jax.Array | np.ndarray,
     part_B: jax.Array,
     place_B: jax.Array,
 ) -> jax.Array:
-    """Reads a table that is split over the devices, for a batch whose examples lie anywhere in it.
+    """Within `on_each`: reads a table that is split over the devices, wherever in it a row lies.
 
     Every device is told all places, reads those in its own part, and has zeros for the others. The
     sum over devices, of which each takes its own examples, is of bits and 0: it is exact, and the
     same for any number of devices. Sent are the whole batch's rows, by every device.
 
     Args:
-      mesh: from `make_mesh`.
       read: (a device's part, place) -> [..], of 16 bits; out of range it may give anything.
-      table: from `from_parts`.
-      part_B: [B] the part each example lies in.
+      part: the device's own, of what `from_parts` made.
+      part_B: [B] the part in which each of the device's examples lies.
       place_B: [B] where in that part.
 
     Returns:
-      [B, ..] split as a batch.
+      [B, ..] for these examples.
     """
-    axes = (DATA_AXIS, FSDP_AXIS)
-
-    def local(part: Any, part_B: jax.Array, place_B: jax.Array) -> jax.Array:
-        all_parts_B, all_places_B = (
-            jax.lax.all_gather(x, axes, tiled=True) for x in (part_B, place_B)
-        )
-        mine_B = all_parts_B == jax.lax.axis_index(axes)
-        rows = jax.vmap(lambda place, mine: jnp.where(mine, read(part, place), 0))(
-            all_places_B, mine_B
-        )
-        shape = rows.shape[1:]
-        packed_BW = jax.vmap(_packed)(rows)
-        own_BW = jax.lax.psum_scatter(packed_BW, axes, scatter_dimension=0, tiled=True)
-        own = jax.vmap(lambda packed_W: _unpacked(packed_W, shape, rows.dtype))(own_BW)
-        # With members the sum comes in another order of axes, in which XLA's CPU has no FFT (0.10).
-        return with_layout_constraint(own, Layout(tuple(range(own.ndim))))
-
-    # Of arrays with an axis of members (vmapped, see `MEMBERS`) the check does not know.
-    return jax.shard_map(local, mesh=mesh, in_specs=(SPLIT,) * 3, out_specs=SPLIT, check_vma=False)(
-        table, part_B, place_B
-    )
+    all_parts_B, all_places_B = (jax.lax.all_gather(x, ROWS, tiled=True) for x in (part_B, place_B))
+    mine_B = all_parts_B == jax.lax.axis_index(ROWS)
+    rows = jax.vmap(lambda place, mine: jnp.where(mine, read(part, place), 0))(all_places_B, mine_B)
+    shape = rows.shape[1:]
+    packed_BW = jax.vmap(_packed)(rows)
+    own_BW = jax.lax.psum_scatter(packed_BW, ROWS, scatter_dimension=0, tiled=True)
+    own = jax.vmap(lambda packed_W: _unpacked(packed_W, shape, rows.dtype))(own_BW)
+    # With members the sum comes in another order of axes, in which XLA's CPU has no FFT (0.10).
+    return with_layout_constraint(own, Layout(tuple(range(own.ndim))))
 
 
 def _packed(row: jax.Array) -> jax.Array:

@@ -50,6 +50,14 @@ class Resident(NamedTuple):
     banks: tuple[jax.Array | np.ndarray, ...]
 
 
+def places(resident: Resident, parts: int) -> Resident:
+    """How each leaf lies on the devices: the specs `mesh.on_each` takes."""
+    tree: Resident = jax.tree.map(lambda _: mesh.COPIED, resident)
+    if parts == 1:
+        return tree
+    return tree._replace(samples_T=mesh.SPLIT, banks=(mesh.SPLIT,) * len(resident.banks))
+
+
 def _margin(config: Config) -> int:
     """Silent samples kept before the first recording and after the last."""
     data = config.data
@@ -265,33 +273,29 @@ def pair(
 
 
 def batch(
-    config: Config,
-    resident: Resident,
-    length_index: int,
-    k_B: jax.Array,
-    devices: jax.sharding.Mesh | None = None,
+    config: Config, resident: Resident, length_index: int, k_B: jax.Array, parts: int = 1
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`pair` for all numbers of a batch, of a corpus that is split over `devices` where given."""
-    if devices is None:
+    """`pair` for the numbers of a batch; of a corpus in parts, for a device's own, on all at once.
+
+    Args:
+      config, length_index: as in `pair`.
+      resident: as a device has it; `k_B` and the result are of its own examples.
+      parts: how many there are; with more than 1 this is called within `mesh.on_each`.
+    """
+    if parts == 1:
         return jax.vmap(lambda k: pair(config, resident, length_index, k))(k_B)
-    dry = shared_out(config, resident, length_index, k_B, devices)
+    dry = shared_out(config, resident, length_index, k_B)
     return jax.vmap(functools.partial(_seen, config, length_index))(dry)
 
 
-def shared_out(
-    config: Config,
-    resident: Resident,
-    length_index: int,
-    k_B: jax.Array,
-    devices: jax.sharding.Mesh,
-) -> _Dry:
-    """What a batch is made of, [B, ..], read where it lies and handed to its examples' devices."""
+def shared_out(config: Config, resident: Resident, length_index: int, k_B: jax.Array) -> _Dry:
+    """What examples are made of, [B, ..], read on the devices where it lies."""
     plan = jax.vmap(lambda k: _plan(config, resident, length_index, k))(k_B)
     if config.data.rendering == "pooled":
         bank = resident.banks[length_index]
-        size = bank.shape[0] // mesh.ways(devices)
+        size = bank.shape[0]
         rows = (
-            mesh.read_parts(devices, lambda part, row: part[row], bank, row_B // size, row_B % size)
+            mesh.read_parts(lambda part, row: part[row], bank, row_B // size, row_B % size)
             for row_B in (plan.input_row, plan.reference_row)
         )
         return _Dry(plan, *rows)
@@ -299,7 +303,6 @@ def shared_out(
     sounds = []
     for recording_B, start_B in zip(_recordings(plan), _starts(config, plan, context), strict=True):
         stored_BT = mesh.read_parts(
-            devices,
             functools.partial(_stored, length=length),
             resident.samples_T,
             resident.part_R[recording_B],
