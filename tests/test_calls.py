@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_processes import ends, started, train_words
+from test_processes import ends, settings_of, started, train_words
 from test_replicas import MEMBERS, assert_same_run
 from test_train import POOLED, TINY, silent
 
@@ -154,7 +154,7 @@ def test_members_of_one_program(cache, tmp_path):
 def test_in_two_processes(cache, tmp_path):
     changes = POOLED | {"train.steps": 20, "train.log_every": 5, "train.eval_every": 5}
     changes |= {"train.checkpoint_every": 5, "train.learning_rate": 1e-3}
-    train.train(settings(cache, changes), tmp_path / "one", silent)
+    train.train(settings_of(cache, changes), tmp_path / "one", silent)
     ahead = changes | {"train.steps_per_call": 5, "data.shard_corpus": True}
     with started(train_words(tmp_path / "two", cache, ahead), cache) as children:
         results = ends(children)
