@@ -2,7 +2,7 @@
 
 python -m eqst.train --config=configs/smoke.py --workdir=runs/smoke
 
-2.09 dB at 3 s on held-out real talkers, 1.78 on held-out synthetic ones (README).
+2.09 dB at 3 s on held-out real talkers (colab/results/smoke_dev.json, its best step, 5,000).
 """
 
 from eqst import recipes

@@ -169,7 +169,7 @@ def sweep(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     panel.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
     for label, (_, _, heading) in zip(panel.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if heading else "normal")
-    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_ylim(max(len(rows), 1) - 0.5, -0.5)  # with nothing to compare too
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", alpha=0.25)
     panel.set_xlabel(f"shape RMSE, {column}: difference in dB from the first level (left: better)")

@@ -129,14 +129,21 @@ def batch_terms(
     seen: batches.Seen,
     key: jax.Array | None = None,
     weights: objective.Weights | None = None,
+    *,
+    members: bool = False,
 ) -> objective.Terms:
-    """Terms of every pair, leaves [B]; `key` for dropout, `weights` of the loss if not its own."""
+    """Terms of every pair, leaves [B]; `key` for dropout, `weights` of the loss if not its own.
+
+    `members` says that this is vmapped over the parameters of several runs.
+    """
 
     def one(
         input_XM: jax.Array, reference_XM: jax.Array, label_KP: jax.Array, b: jax.Array
     ) -> objective.Terms:
         own = None if key is None else jax.random.fold_in(key, b)
-        seen_as = predictor.apply(config, params, normalisation, input_XM, reference_XM, own)
+        seen_as = predictor.apply(
+            config, params, normalisation, input_XM, reference_XM, own, own_kernels=members
+        )
         return objective.pair_terms(config, seen_as, label_KP, weights)
 
     return jax.vmap(one)(*seen, jnp.arange(len(seen.label_BKP)))
@@ -151,8 +158,9 @@ def train_step(
 ) -> tuple[State, objective.Terms]:
     """One update. Pure; `config` is static. Returns the new state and the batch's mean terms.
 
-    `knobs` stand for the config's own numbers where they are given.
+    `knobs` stand for the config's own numbers where they are given: for several runs at once.
     """
+    members = knobs is not None
     knobs = Knobs.of(config) if knobs is None else knobs
     # A stream of its own, apart from the one that draws pairs. Without dropout nothing is drawn,
     # and the seed is no part of the compiled step.
@@ -160,7 +168,9 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(knobs.seed + 1), state.step) if dropout else None
 
     def loss(params: predictor.Params) -> tuple[jax.Array, objective.Terms]:
-        terms_B = batch_terms(config, params, normalisation, seen, key, knobs.weights)
+        terms_B = batch_terms(
+            config, params, normalisation, seen, key, knobs.weights, members=members
+        )
         terms = jax.tree.map(jnp.mean, terms_B)
         return terms.loss, terms
 
@@ -178,9 +188,11 @@ def held_out_error_db(
     params: predictor.Params,
     normalisation: predictor.Normalisation,
     valid: batches.Weighed,
+    *,
+    members: bool = False,
 ) -> jax.Array:
     """[] mean shape error over the pairs that count, whatever fills up the devices."""
-    terms_B = batch_terms(config, params, normalisation, valid.seen)
+    terms_B = batch_terms(config, params, normalisation, valid.seen, members=members)
     return jnp.sum(valid.weight_B * terms_B.shape_db)
 
 

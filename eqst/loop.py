@@ -119,7 +119,7 @@ def run(
         terms = jax.tree.map(lambda x: x.reshape(count, *members), terms)
         return state, terms, jnp.any(flag)
 
-    judge = functools.partial(learner.held_out_error_db, config)
+    judge = functools.partial(learner.held_out_error_db, config, members=stacked)
     each = jax.vmap if stacked else _as_it_is
     evaluate = jax.jit(each(judge), out_shardings=ready.rules.copied)
     finite = jax.jit(each(learner.all_finite), out_shardings=ready.rules.copied)

@@ -1,6 +1,6 @@
 """Find the EQ that makes one recording sound like another, and apply it.
 
-python -m eqst.match --input=A.wav --reference=B.wav --output=C.wav [--settings=S.json]
+python -m eqst.match --input=A.wav --reference=B.wav --output=C.wav [--settings=S.json|S.txt]
 
 The two need not be the same talker or piece. Any format, rate (8 .. 192 kHz) and channel count that
 libsndfile reads; the output keeps the input's. Without --output only the settings are found.
@@ -195,7 +195,9 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", None, "Recording it shall sound like.")
     flags.DEFINE_string("output", None, "Audio file to write; its extension names the container.")
     flags.DEFINE_string(
-        "settings", None, "File to write the EQ to: JSON, or for Equalizer APO if it ends in .txt."
+        "settings",
+        None,
+        "File for the EQ: .json, or .txt for Equalizer APO (preamp safe for any tone).",
     )
     flags.DEFINE_string("picture", None, "PNG, SVG or PDF to draw spectra and EQ in.")
     flags.DEFINE_float("amount", 1.0, "Factor on the gains in dB.", -2.0, 2.0)
@@ -231,7 +233,8 @@ def run(
 
     Returns:
       The settings as written, for the input's sample rate; `preamp_db` is what the output took,
-      or, without output, what keeps any input from clipping.
+      or, without output, what keeps any tone from clipping. Equalizer APO's text always has the
+      latter.
 
     Raises:
       AudioError: anything wrong with a file, before the work where it can be known.
@@ -240,6 +243,8 @@ def run(
     settings.check_amount(amount)
     _check_targets([input, reference], targets, overwrite)
     source = audio.info(input)
+    if settings_file is not None:
+        settings.check_extension(settings_file)
     if picture_file is not None:
         picture.check_extension(picture_file)
     if output is not None:
@@ -259,6 +264,9 @@ def run(
         say(f"{output}: {report.format} {report.subtype}, {source.sample_rate} Hz, {_peak(report)}")
     if settings_file is not None:
         settings.save(settings_file, found, overwrite=overwrite)
+        safe_db = settings.safe_preamp_db(found)
+        if settings_file.lower().endswith(".txt") and safe_db != found.preamp_db:
+            say(f"{settings_file}: preamp {safe_db:+.1f} dB, for whatever is played through it")
     if picture_file is not None:
         _draw(picture_file, match, input, reference, overwrite, say)
     return found

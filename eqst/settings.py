@@ -16,6 +16,8 @@ import numpy as np
 from eqst import biquad, eq
 from eqst.files import AudioError, write_json, write_text
 
+EXTENSIONS = (".json", ".txt")
+
 _TITLES = {"low_shelf": "low shelf", "peaking": "peaking", "high_shelf": "high shelf"}
 
 
@@ -59,9 +61,13 @@ def from_params(params: eq.EqParams, sample_rate: int) -> Settings:
         for kind, freq, gain, q in zip(eq.KINDS, *params, strict=True)
     )
     settings = Settings(int(sample_rate), 0.0, bands)
-    # Rounded down: the preamp shall cover the peak, not nearly so.
-    preamp_db = -math.ceil(max(0.0, peak_db(settings)) * 1000) / 1000
-    return dataclasses.replace(settings, preamp_db=preamp_db + 0.0)
+    return dataclasses.replace(settings, preamp_db=safe_preamp_db(settings))
+
+
+def safe_preamp_db(settings: Settings) -> float:
+    """Preamp with which no full-scale tone can clip, whatever the settings' own says: the curve's
+    peak turned round, 0 where it only cuts. Rounded down, so that the peak is covered."""
+    return -math.ceil(max(0.0, peak_db(settings)) * 1000) / 1000 + 0.0
 
 
 def peak_db(settings: Settings) -> float:
@@ -113,11 +119,12 @@ def table_text(settings: Settings) -> str:
 def equalizer_apo_text(settings: Settings) -> str:
     """The settings as Equalizer APO and what follows its grammar read them, a line each.
 
-    Four decimals: a frequency with exactly three would be read as thousands. LSC and HSC are the
-    shelves whose Q is the cookbook's.
+    The preamp is the safe one and not the settings' own, which may be what a single file took:
+    such a program plays whatever comes. Four decimals: a frequency with exactly three would be
+    read as thousands. LSC and HSC are the shelves whose Q is the cookbook's.
     """
     names = {"low_shelf": "LSC", "peaking": "PK", "high_shelf": "HSC"}
-    lines = [f"# for {settings.sample_rate} Hz", f"Preamp: {settings.preamp_db:.4f} dB"]
+    lines = [f"# for {settings.sample_rate} Hz", f"Preamp: {safe_preamp_db(settings):.4f} dB"]
     for number, band in enumerate(settings.bands, start=1):
         lines.append(
             f"Filter {number}: ON {names[band.type]} Fc {band.frequency_hz:.4f} Hz "
@@ -126,13 +133,22 @@ def equalizer_apo_text(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def check_extension(path: str | os.PathLike) -> None:
+    """Raises AudioError unless the path ends in .json or .txt."""
+    if Path(path).suffix.lower() not in EXTENSIONS:
+        raise AudioError(
+            f"{os.fspath(path)!r}: settings end in .json, or for Equalizer APO in .txt"
+        )
+
+
 def save(path: str | os.PathLike, settings: Settings, *, overwrite: bool = True) -> None:
-    """Writes the settings, whole or not at all: Equalizer APO's text where the name ends in .txt,
-    else JSON, which `load` reads.
+    """Writes the settings, whole or not at all: as JSON, which `load` reads, or as Equalizer APO's
+    text where the name ends in .txt.
 
     Raises:
-      AudioError: as `files.write_json`.
+      AudioError: as `check_extension` and `files.write_json`.
     """
+    check_extension(path)
     if Path(path).suffix.lower() == ".txt":
         write_text(path, equalizer_apo_text(settings) + "\n", overwrite=overwrite)
     else:

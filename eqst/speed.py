@@ -16,9 +16,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from eqst import card, charts, command, files
-from eqst.contests import SECTIONS
+from eqst import card, charts, command, contests, files, throughput
 from eqst.timing import FULL, Say, Section, Size
+
+# What is meant for an accelerator is run on a CPU only when it is asked for by name.
+_ON_DEVICES = {"device_steps": throughput.device_steps}
+SECTIONS = contests.SECTIONS | _ON_DEVICES
 
 
 def table(sections: dict[str, Section]) -> str:
@@ -89,7 +92,8 @@ def main() -> None:
     """The command."""
     values = flags.FLAGS
     size = FULL._replace(rounds=values.rounds)
-    run(values.output, values.section or list(SECTIONS), size, overwrite=values.overwrite)
+    by_default = contests.SECTIONS if jax.default_backend() == "cpu" else SECTIONS
+    run(values.output, values.section or list(by_default), size, overwrite=values.overwrite)
 
 
 if __name__ == "__main__":

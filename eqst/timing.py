@@ -27,6 +27,10 @@ class Size(NamedTuple):
     steps: int = 60
     file_seconds: float = 180.0
     hour_seconds: float = 3600.0
+    device_batches: tuple[int, ...] = (64, 1024, 4096)
+    device_steps: int = 300
+    device_seconds: float = 3.0
+    compile_threads: int = 16
 
 
 FULL = Size()

@@ -1,7 +1,7 @@
 """What a million hours of audio take on a TPU pod: python launch/plan.py [--hours=1e6] [--chips=64]
 
-Prints the tables of launch/README.md, every number from measured ones (colab/results/speed.json,
-configs/ablation.py), data sheets and assumptions, which come first.
+Prints the tables of launch/README.md, every number from measured ones (colab/results/speed.json, a
+step on an H100), data sheets and assumptions, which come first.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ SPEED = pathlib.Path(__file__).resolve().parents[1] / "colab" / "results" / "spe
 # NVIDIA's data sheet).
 CHIPS_PER_HOST, VCPU_PER_HOST, GB_PER_HOST, GBIT_S_PER_HOST = 4, 208, 448, 200
 CHIP_TFLOPS, H100_TFLOPS, HBM_GB = 459, 989, 95
-# configs/ablation.py: 128,000 pairs take 100 s where fifteen runs share the H100.
-H100_PAIRS_PER_S = 15 * 128_000 / 100
+# A training step of `db_mel_pm` on one H100, features included, float32: measured on
+# 2026-11-27 by a profiling script that is not in the repository (features alone 6.3 ms, the network
+# from features 17.6 ms). A new measurement changes the next line alone.
+H100_STEP_PAIRS, H100_STEP_SECONDS = 1024, 23.8e-3
 SAMPLE_BYTES, SHARD_MB = 2, 500
 
 
@@ -73,6 +75,11 @@ def measured_pairs_per_s_per_core() -> float:
     return rate / stored["machine"]["cores"]
 
 
+def h100_pairs_per_s() -> float:
+    """What the H100 trains, measured; a v5p chip's rate is this by a guess."""
+    return H100_STEP_PAIRS / H100_STEP_SECONDS
+
+
 def plan(assumed: Assumed) -> Plan:
     """The arithmetic.
 
@@ -98,7 +105,7 @@ def plan(assumed: Assumed) -> Plan:
         host_rendering=(
             hosts * VCPU_PER_HOST * assumed.core_share * measured_pairs_per_s_per_core()
         ),
-        chips_training=assumed.chips * H100_PAIRS_PER_S * CHIP_TFLOPS / H100_TFLOPS,
+        chips_training=assumed.chips * h100_pairs_per_s() * CHIP_TFLOPS / H100_TFLOPS,
         from_network=hosts * GBIT_S_PER_HOST * 1e9 / 8 / pair_bytes,
         from_bucket=assumed.bucket_gbit_s * 1e9 / 8 / pair_bytes,
         memory_hours=hosts * GB_PER_HOST * 1e9 * assumed.memory_share / hour_bytes,
@@ -117,9 +124,12 @@ def tables(assumed: Assumed, dollars: float) -> Iterator[str]:
     yield f"| batch | {assumed.batch_pairs:,} pairs of 3 s |"
     yield f"| a core renders (speed.json, host_pairs) | {core:.0f} pairs/s |"
     yield f"| share of the vCPU that do so (guess) | {assumed.core_share:.0%} |"
-    yield f"| an H100 trains `db_mel_pm` (configs/ablation.py) | {H100_PAIRS_PER_S:,.0f} pairs/s |"
+    yield (
+        f"| a step of `db_mel_pm`, {H100_STEP_PAIRS:,} pairs, float32 (measured on one H100) | "
+        f"{H100_STEP_SECONDS * 1e3:.1f} ms, {h100_pairs_per_s():,.0f} pairs/s |"
+    )
     share = CHIP_TFLOPS / H100_TFLOPS
-    yield f"| a chip against it, by bf16 peak (guess) | {share:.2f} |"
+    yield f"| a chip against it, by bf16 peak (guess for v5p) | {share:.2f} |"
     yield f"| the bucket gives (your quota) | {assumed.bucket_gbit_s:,.0f} Gb/s |"
     yield ""
     yield "| what follows | |"
@@ -138,12 +148,13 @@ def tables(assumed: Assumed, dollars: float) -> Iterator[str]:
     cost = "" if dollars <= 0 else " | $"
     yield f"| if this is the limit | pairs/s | pairs/s a host | Gb/s | hours | chip-hours{cost} |"
     yield "|---|---|---|---|---|---|" + ("" if dollars <= 0 else "---|")
-    for name, rate in (
-        ("the bucket", made.from_bucket),
-        ("the hosts' network", made.from_network),
-        ("the chips, training", made.chips_training),
-        ("the hosts, rendering exactly", made.host_rendering),
-    ):
+    limits = {
+        "the bucket": made.from_bucket,
+        "the hosts' network": made.from_network,
+        "the chips, training (guess for v5p)": made.chips_training,
+        "the hosts, rendering exactly (guess)": made.host_rendering,
+    }
+    for name, rate in sorted(limits.items(), key=lambda limit: limit[1]):
         hours = made.pairs / rate / 3600
         bits = rate * made.pair_bytes * 8 / 1e9
         price = "" if dollars <= 0 else f" | {hours * assumed.chips * dollars:,.0f}"
@@ -155,9 +166,10 @@ def tables(assumed: Assumed, dollars: float) -> Iterator[str]:
     room = made.host_rendering / made.chips_training
     yield (
         f"Host rendering makes {made.host_rendering / assumed.chips:,.0f} pairs/s for each chip "
-        f"and a chip takes {made.chips_training / assumed.chips:,.0f}: it stops keeping up where "
-        f"a chip trains {room:.2f} times as fast as is assumed, or where less than "
-        f"{assumed.core_share / room:.0%} of the vCPU are left to it. "
+        f"and a chip takes {made.chips_training / assumed.chips:,.0f}: it "
+        f"{'keeps' if room >= 1 else 'does not keep'} up, and the two are level where a chip "
+        f"trains {room:.2f} times as fast as is assumed, or where rendering has "
+        f"{assumed.core_share / room:.0%} of the vCPU. "
         f"The bucket keeps up from {made.chips_training * made.pair_bytes * 8 / 1e9:,.0f} Gb/s on."
     )
 

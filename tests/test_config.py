@@ -1,9 +1,11 @@
 """Every setting is checked, every message is one line, every config file loads from anywhere."""
 
+import ast
 import dataclasses
 import json
 import math
 import pathlib
+import runpy
 
 import pytest
 from absl import flags
@@ -197,3 +199,20 @@ def test_ints_and_lists_become_floats_and_tuples():
     assert all(isinstance(x, float) for x in loaded.data.segment_seconds)
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.seed = 3
+
+
+def test_the_page_of_settings_has_them_as_they_are():
+    """configs/README.md: the defaults, and what the named config files have in their place."""
+    page = (FILES[0].parent / "README.md").read_text(encoding="utf-8")
+    heads, _, *rows = [
+        [cell.strip(" `") for cell in line.strip("|\n").split("|")]
+        for line in page[page.index("| key |") :].splitlines()
+    ]
+    assert heads[1] == "default" and len(rows) > 10
+    columns = [config.default()]
+    columns += [runpy.run_path(str(FILES[0].parent / name))["get_config"]() for name in heads[2:-1]]
+    for key, *cells in ((row[0], *row[1:-1]) for row in rows):
+        values = [str(dict(leaves(column.to_dict()))[key]) for column in columns]
+        wanted = [values[0], *("" if x == values[0] else x for x in values[1:])]
+        given = [str(ast.literal_eval(cell)) if cell else "" for cell in cells]
+        assert given == wanted, f"{key}: {wanted}"

@@ -106,7 +106,11 @@ def test_the_numbers_of_the_plan_are_the_programs(page: str, repo: Path) -> None
     assert f"{made.memory_hours:,.0f} hours at a time" in page
     fill_s = made.hosts * 448e9 * 0.6 * 8 / 200e9
     assert 150 < fill_s < 210  # three minutes
-    assert 17.5 < made.chips_training / made.from_bucket < 18.5  # some eighteen times
+    assert 15.5 < made.from_network / made.from_bucket < 16.5  # sixteen times
+    assert 37 < made.chips_training / made.from_bucket < 43  # some forty times
+    assert made.from_network < made.host_rendering < made.chips_training
+    for word in ("(measured on one H100)", "(guess for v5p)"):
+        assert word in text
     assert round(made.pairs / (16000 * 256)) == 146
 
 
@@ -123,6 +127,8 @@ def test_the_plan_by_other_means(repo: Path) -> None:
     milliseconds = speed["sections"]["host_pairs"]["rows"][0]["milliseconds"]  # 32 pairs, 2 cores
     a_core = 32 / (milliseconds / 1000) / 2
     assert made.host_rendering == pytest.approx(a_core * 16 * 208 * 0.75, rel=1e-6)
+    # 1,024 pairs in 23.8 ms on an H100 of 989 TFLOP/s; 64 chips of 459.
+    assert made.chips_training == pytest.approx(64 * 43_025 * 459 / 989, rel=1e-4)
     # A chip's share of the hosts, and its own rate, cross where the page says they do.
     room = made.host_rendering / made.chips_training
     less = program["plan"](program["Assumed"](1e6, 64, 4096, 0.75 / room, 200.0, 0.6))

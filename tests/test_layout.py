@@ -51,7 +51,17 @@ ORDER = (
     # what is done with it
     *("metrics", "comparison", "bayes", "linear", "baselines", "trials"),
     *("latents", "latentstats", "verdict", "claims", "charts", "picture"),
-    *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests", "speed"),
+    *(
+        "match",
+        "evaluate",
+        "triples",
+        "accuracy",
+        "timing",
+        "rivals",
+        "contests",
+        "throughput",
+        "speed",
+    ),
     # a sweep's runs
     *("sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
     *("sweeps.turn", "sweeps.progress", "sweeps.slurm"),

@@ -219,6 +219,19 @@ def test_without_output_the_preamp_is_the_safe_one(files):
     assert "preamp" in said
 
 
+@pytest.mark.parametrize("rms", [0.05, 0.6])
+def test_equalizer_apos_preamp_is_for_whatever_is_played(files, rms):
+    """With an output, whose own preamp is another, as without."""
+    loud_TC = np.clip(noise(44_100, rms=rms), -1, 1)
+    soundfile.write(files / "in.flac", loud_TC, 44_100, subtype="PCM_24")
+    safe, _ = run(files, settings_file="alone.txt")
+    found, said = run(files, output="out.wav", settings_file="beside.txt")
+    assert found.preamp_db != safe.preamp_db and safe.preamp_db < -4  # one file's, anything's
+    assert (files / "alone.txt").read_text() == (files / "beside.txt").read_text()
+    assert f"Preamp: {safe.preamp_db:.4f} dB" in (files / "beside.txt").read_text()
+    assert f"beside.txt: preamp {safe.preamp_db:+.1f} dB, for whatever is played" in said
+
+
 @pytest.mark.parametrize("extension", ["png", "svg", "pdf"])
 def test_a_picture_is_drawn(files, extension):
     pytest.importorskip("matplotlib")
@@ -285,6 +298,8 @@ def test_mistakes_are_said_whatever_becomes_of_the_model(files):
         ({"settings_file": "ref.wav", "overwrite": True}, "is an input itself"),
         ({"output": "link.wav", "overwrite": True}, "is an input itself"),
         ({"output": "a.wav", "settings_file": "a.wav"}, "are one file"),
+        ({"settings_file": "a.csv"}, r"a\.csv': settings end in \.json, or for Equalizer APO in"),
+        ({"settings_file": "a"}, "a': settings end in"),
         ({"picture_file": "a.jpg"}, "a picture ends in .png, .svg, .pdf"),
         ({"amount": 5.0}, "amount 5 is outside"),
     ]

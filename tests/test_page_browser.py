@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from eqst import biquad, eq
+from eqst import biquad, eq, settings
 from eqst.webpage import examples, findings, insights, page, site
 from eqst.webpage.markup import tag
 
@@ -367,7 +367,9 @@ def test_settings_are_copied_and_processed_audio_is_saved(open_page, folder):
     until(shown, "document.querySelector('#tone .copy').textContent === 'Copied'")
     facts = shown.evaluate("EQST.groups.tone.settings")
     lines = shown.evaluate("navigator.clipboard.readText()").splitlines()
-    assert lines[0] == "# for 44100 Hz" and lines[1] == f"Preamp: {facts['preamp_db']:.4f} dB"
+    bands = tuple(settings.Band(**band) for band in facts["bands"])
+    safe_db = settings.safe_preamp_db(settings.Settings(44_100, 0.0, bands))
+    assert lines[0] == "# for 44100 Hz" and lines[1] == f"Preamp: {safe_db:.4f} dB"
     words = lines[2].split()
     assert words[:4] == ["Filter", "1:", "ON", "LSC"] and len(lines) == 6
     assert float(words[5]) == facts["bands"][0]["frequency_hz"]

@@ -278,7 +278,8 @@ def test_audio_in_settings_out(configure, bursts):
 
 
 @pytest.mark.parametrize("frames, taps, stride", [(33, 3, 2), (16, 5, 4), (7, 2, 3), (9, 1, 2)])
-def test_strided_convolution_and_its_gradients_are_those_of_lax(frames, taps, stride):
+@pytest.mark.parametrize("ours", [predictor._strided_conv, predictor._patch_product])
+def test_strided_convolution_and_its_gradients_are_those_of_lax(frames, taps, stride, ours):
     keys = jax.random.split(jax.random.key(1), 3)
     x_BNMC = jax.random.normal(keys[0], (2, frames, 12, 3))
     kernel = jax.random.normal(keys[1], (taps, 5, 3, 4))
@@ -288,12 +289,12 @@ def test_strided_convolution_and_its_gradients_are_those_of_lax(frames, taps, st
             x_BNMC, kernel, (stride, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    def ours(x_BNMC, kernel):
-        return jax.vmap(predictor._strided_conv, (0, None, None))(x_BNMC, kernel, stride)
+    def mapped(x_BNMC, kernel):
+        return jax.vmap(ours, (0, None, None))(x_BNMC, kernel, stride)
 
     weight = jax.random.normal(keys[2], reference(x_BNMC, kernel).shape)
     values, gradients = [], []
-    for conv in (reference, ours):
+    for conv in (reference, mapped):
 
         def total(*a, conv=conv):
             return jnp.sum(weight * conv(*a))

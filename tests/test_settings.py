@@ -1,5 +1,6 @@
 """Settings: rounding, preamp, table, and the JSON that other programs read."""
 
+import dataclasses
 import json
 import re
 
@@ -110,6 +111,23 @@ def test_equalizer_apos_text_holds_the_same_equaliser(tmp_path):
     np.testing.assert_allclose(numbers, wanted, atol=5e-5)
     with pytest.raises(AudioError, match="exists already"):
         settings.save(tmp_path / "eq.txt", made, overwrite=False)
+
+
+def test_equalizer_apos_preamp_covers_the_curve_whatever_a_file_took(tmp_path):
+    for params in (PARAMS, PARAMS._replace(gain_db=-np.abs(PARAMS.gain_db))):
+        took = dataclasses.replace(settings.from_params(params, 44_100), preamp_db=-0.125)
+        settings.save(tmp_path / "eq.txt", took)
+        _, preamp, *filters = (tmp_path / "eq.txt").read_text().splitlines()
+        read = np.array([np.array(line.split())[[5, 8, 11]] for line in filters], float)
+        peak_db = true_peak_db(eq.EqParams(*read.T), 44_100)
+        assert -0.01 < float(preamp.split()[1]) + max(0.0, peak_db) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["eq.csv", "eq", "eq.json.gz", "eqtxt"])
+def test_settings_of_an_unknown_ending_are_refused(tmp_path, name):
+    with pytest.raises(AudioError, match=r"settings end in \.json, or for Equalizer APO in \.txt"):
+        settings.save(tmp_path / name, settings.from_params(PARAMS, 44_100))
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_no_settings_say_so_in_one_line(tmp_path):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from eqst import charts, contests, eq, rivals, speed
+from eqst import charts, contests, eq, rivals, speed, throughput
 from eqst.timing import Size, in_turns, process, target, timings
 
 TINY = Size(rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60)
@@ -44,6 +44,17 @@ def test_rivals_in_jax_are_the_same_equaliser(form):
 def test_a_process_that_fails_is_said():
     with pytest.raises(ValueError, match="failed: .*ModuleNotFoundError"):
         process([contests.sys.executable, "-c", "import no_such_module"], {})
+
+
+def test_device_steps_are_timed_with_their_features_and_their_cost(tmp_path):
+    size = TINY._replace(device_batches=(2, 4), device_steps=2, compile_threads=2)
+    made = throughput.device_steps(size, lambda _: None)
+    names = [row["what"] for row in made.rows]
+    assert "db_mel_pm, batch 4" in names and "pooled, 8 members of batch 2" in names
+    for row in made.rows:
+        assert row["milliseconds"] > row["features_milliseconds"] > 0
+        assert np.isfinite([row["loss_first"], row["loss_last"]]).all()
+    assert made.targets == []  # of large batches
 
 
 @pytest.mark.long
