@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Resident(NamedTuple):
 
 def places(resident: Resident, parts: int) -> Resident:
     """How each leaf lies on the devices: the specs `mesh.on_each` takes."""
-    tree: Resident = jax.tree.map(lambda _: mesh.COPIED, resident)
+    tree: Any = jax.tree.map(lambda _: mesh.COPIED, resident)
     if parts == 1:
         return tree
     return tree._replace(samples_T=mesh.SPLIT, banks=(mesh.SPLIT,) * len(resident.banks))
