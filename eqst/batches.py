@@ -8,6 +8,7 @@ exactly filtered audio that anything held out is judged on.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,20 +37,15 @@ class Source(NamedTuple):
     """Training examples: `stream(first step)` gives what `see` turns into features in the step.
 
     Attributes:
-      stream: step -> iterator of trees, leaves sharded over the data axis.
+      stream: step -> iterator of trees, leaves sharded over the data axis; of the resident corpus
+        steps' numbers, all that `see` needs to know, and can be told inside the step as well.
       see: (tree, constants, which length) -> Seen; traced inside the step.
-      constants: device arrays `see` needs (the resident corpus), replicated.
+      constants: device arrays `see` needs (the resident corpus).
     """
 
     stream: Callable[[int], Iterator[Any]]
     see: Callable[[Any, Any, int], Seen]
     constants: Any
-
-
-def _numbers(config: Config, first: int, part: slice) -> np.ndarray:
-    """Example numbers of this process's slice of the batch at step `first`."""
-    size = config.train.batch_size
-    return (np.arange(size, dtype=np.int64)[part] + first * size).astype(np.int32)
 
 
 def make_source(
@@ -63,20 +59,25 @@ def make_source(
         for line in skipped:
             say(f"left out {line}")
         indices.append(index)
-    part = mesh.process_slice(devices, config.train.batch_size)
+    size = config.train.batch_size
+    part = mesh.process_slice(devices, size)
     if data.pipeline == "resident":
-        held = resident.load(config, recordings, tuple(indices), say)
-        constants = mesh.copied(devices, held)
+        parts = mesh.ways(devices) if data.shard_corpus else 1
+        over = devices if parts > 1 else None
+        held = resident.load(config, recordings, tuple(indices), say, over)
+        specs = resident.places(held, parts)
 
         def numbers(first: int) -> Iterator[Any]:
-            while True:
-                yield mesh.global_batch(devices, _numbers(config, first, part))
-                first += 1
+            return map(np.int32, itertools.count(first))
 
-        def see_resident(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
-            return Seen(*jax.vmap(lambda k: resident.pair(config, held, which, k))(k_B))
+        def see_resident(step: jax.Array, held: resident.Resident, which: int) -> Seen:
+            def own(step: jax.Array, held: resident.Resident) -> Seen:
+                k_B = step * size + mesh.own_rows(devices, size)
+                return Seen(*resident.batch(config, held, which, k_B, parts))
 
-        return Source(numbers, see_resident, constants)
+            return mesh.on_each(devices, own, mesh.COPIED, specs)(step, held)
+
+        return Source(numbers, see_resident, _copied(devices, held))
     from eqst import data as tf_data
 
     def batches(first: int) -> Iterator[Any]:
@@ -84,6 +85,9 @@ def make_source(
         return (mesh.global_batch(devices, batch) for batch in stream)
 
     def see_batch(batch: Any, _: Any, which: int) -> Seen:
+        return mesh.on_each(devices, see_own, mesh.SPLIT)(batch)
+
+    def see_own(batch: Any) -> Seen:
         if data.rendering == "host":
             hear = jax.vmap(functools.partial(observe.heard, config))
             return Seen(hear(batch.input_BT), hear(batch.reference_BT), batch.plan.label_KP)
@@ -92,6 +96,11 @@ def make_source(
         return Seen(*seen, batch.plan.label_KP)
 
     return Source(batches, see_batch, ())
+
+
+def _copied(devices: jax.sharding.Mesh, held: resident.Resident) -> resident.Resident:
+    """On all devices what is not split over them already."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else mesh.copied(devices, x), held)
 
 
 def of_member(source: Source, seed: int, weight_R: np.ndarray) -> Source:
@@ -115,8 +124,11 @@ def of_members(own: Sequence[Source], place: Callable[[Any], Any]) -> Source:
     nowhere: Any = jax.tree.map(lambda _: None, constants)
     axes = _drawing(nowhere, 0, [0] * len(cumulatives))
 
-    def see(k_B: jax.Array, held: resident.Resident, which: int) -> Seen:
-        return jax.vmap(lambda one: own[0].see(k_B, one, which), in_axes=(axes,))(held)
+    def see(step: jax.Array, held: resident.Resident, which: int) -> Seen:
+        def see_one(one: resident.Resident) -> Seen:
+            return own[0].see(step, one, which)
+
+        return jax.vmap(see_one, in_axes=(axes,), spmd_axis_name=mesh.MEMBERS)(held)
 
     return own[0]._replace(see=see, constants=constants)
 

@@ -57,6 +57,8 @@ class Data:
     rendering: str = "device"
     # tfdata: segments are read by tf.data; resident: the corpus lies in the device's memory.
     pipeline: str = "resident"
+    # Each device holds a share of the resident corpus, not a copy; a step hands segments round.
+    shard_corpus: bool = False
     # Augmentation, of both segments alike, before the EQ. The frequency axis is stretched by a
     # factor log-uniform in 1 / warp .. warp.
     warp: float = 1.0
@@ -139,6 +141,10 @@ class Train:
     eval_pairs: int = 256
     checkpoint_every: int = 500
     devices: int = 0  # 0: all there are
+    # So many steps are one compiled call (resident path): less to do for the host, on accelerators.
+    # Not for CPUs, whose convolutions are slow inside a loop. SIGTERM waits for the calls handed
+    # over (two at most; four of several processes): keep a call within seconds.
+    steps_per_call: int = 1
     # Over how many devices the large leaves of parameters and optimiser state are split.
     fsdp: int = 1
     # Start from the parameters of another workdir (its best checkpoint).
@@ -190,15 +196,14 @@ POOLED_WINDOW_FACTOR = 4
 # Settings that may differ between two runs on one workdir without changing a result.
 FREE_KEYS = (
     *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
-    *("train.profile_steps", "data.cache_dir"),
+    *("train.profile_steps", "train.steps_per_call", "data.cache_dir", "data.shard_corpus"),
 )
 
 # Inclusive bounds of numbers (each element, for a tuple).
 BOUNDS = {
-    "seed": (0, 2**31 - 1),
+    **dict.fromkeys(("seed", "data.synthetic_seed", "evaluation.seed"), (0, 2**31 - 1)),
     "data.source_weights": (0.0, 1e9),
-    "data.dev_share": (0.0, 0.9),
-    "data.valid_share": (0.0, 0.9),
+    **dict.fromkeys(("data.dev_share", "data.valid_share"), (0.0, 0.9)),
     "data.folds": (0, 100),
     "data.fold": (0, 99),
     "data.sample_rate": (8000, 192000),
@@ -206,16 +211,13 @@ BOUNDS = {
     "data.context_seconds": (0.0, 10.0),
     "data.min_loudness_lufs": (-70.0, 0.0),
     "data.warp": (1.0, 2.0),
-    "data.curve_share": (0.0, 1.0),
     "data.curve_db": (0.0, 40.0),
-    "data.noise_share": (0.0, 1.0),
-    "data.one_sided_noise_share": (0.0, 1.0),
-    "data.gate_share": (0.0, 1.0),
+    **dict.fromkeys(("data.curve_share", "data.noise_share"), (0.0, 1.0)),
+    **dict.fromkeys(("data.one_sided_noise_share", "data.gate_share"), (0.0, 1.0)),
     "data.noise_low_db": (-200.0, 0.0),
     "data.noise_high_db": (-200.0, 0.0),
     "data.synthetic_talkers": (2, 1_000_000),
     "data.synthetic_seconds": (5.0, 600.0),
-    "data.synthetic_seed": (0, 2**31 - 1),
     "features.window": (64, 65536),
     "features.hop": (16, 65536),
     "features.mel_bands": (8, 1024),
@@ -224,44 +226,32 @@ BOUNDS = {
     "features.floor_db": (-200.0, -20.0),
     "features.bands_per_octave": (1, 48),
     "model.channels": (1, 1024),
-    "model.kernel_time": (1, 31),
-    "model.kernel_mel": (1, 31),
+    **dict.fromkeys(("model.kernel_time", "model.kernel_mel"), (1, 31)),
     "model.stride_time": (1, 16),
     "model.hidden": (4, 16384),
     "model.blocks": (0, 64),
     "model.dropout": (0.0, 0.9),
-    "loss.parameters": (0.0, 1e6),
-    "loss.response": (0.0, 1e6),
-    "loss.gain": (0.0, 1e6),
-    "train.batch_size": (1, 1_000_000),
-    "train.steps": (1, 2**31 - 1),
+    **dict.fromkeys(("loss.parameters", "loss.response", "loss.gain"), (0.0, 1e6)),
+    **dict.fromkeys(("train.batch_size", "train.eval_pairs", "train.fsdp"), (1, 1_000_000)),
+    **dict.fromkeys(("train.steps", "train.steps_per_call", "train.log_every"), (1, 2**31 - 1)),
     "train.learning_rate": (1e-9, 10.0),
     "train.warmup_steps": (0, 2**31 - 1),
     "train.weight_decay": (0.0, 10.0),
     "train.clip_norm": (1e-6, 1e9),
     "train.ema_decay": (0.0, 0.999999),
-    "train.log_every": (1, 2**31 - 1),
-    "train.eval_every": (1, 2**31 - 1),
-    "train.eval_pairs": (1, 1_000_000),
-    "train.checkpoint_every": (1, 2**31 - 1),
+    **dict.fromkeys(("train.eval_every", "train.checkpoint_every"), (1, 2**31 - 1)),
     "train.devices": (0, 1_000_000),
     "train.profile_steps": (0, 1000),
-    "train.fsdp": (1, 1_000_000),
     "evaluation.seconds": (0.5, 60.0),
     "evaluation.pairs": (4, 1_000_000),
     "evaluation.tune_pairs": (16, 1_000_000),
     "evaluation.bootstrap": (10, 100_000),
-    "evaluation.seed": (0, 2**31 - 1),
 }
 
 
 def default() -> config_dict.ConfigDict:
     """All settings at their defaults, locked against unknown keys."""
-    return _to_config_dict(Config())
-
-
-def _to_config_dict(config: Config) -> config_dict.ConfigDict:
-    return config_dict.ConfigDict(dataclasses.asdict(config), type_safe=True).lock()
+    return config_dict.ConfigDict(dataclasses.asdict(Config()), type_safe=True).lock()
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -439,4 +429,21 @@ def _check(config: Config) -> Config:
         f"data.gate_share needs data.rendering 'pooled', not {data.rendering!r}",
     )
     _require(config.loss.parameters + config.loss.response > 0, "both loss weights are 0")
+    _check_resident(data, config.train)
     return config
+
+
+def _check_resident(data: Data, train: Train) -> None:
+    """What only the resident path does, and which steps can be one call of it."""
+    ahead, lengths = train.steps_per_call, len(data.segment_seconds)
+    _require(
+        data.pipeline == "resident" or (ahead == 1 and not data.shard_corpus),
+        "train.steps_per_call above 1 and data.shard_corpus need data.pipeline 'resident'",
+    )
+    bound = math.gcd(train.steps, train.log_every, train.eval_every, train.checkpoint_every)
+    _require(
+        ahead == 1 or (bound % ahead == 0 and ahead % lengths == 0),
+        f"train.steps_per_call is {ahead}; it has to divide {bound} (what steps, log_every, "
+        f"eval_every and checkpoint_every have in common), as a multiple of the {lengths} "
+        "data.segment_seconds, or be 1",
+    )

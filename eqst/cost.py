@@ -48,20 +48,25 @@ class Spent(NamedTuple):
     waited: float = 0.0
     steps: int = 0
 
-    def plus(self, seconds: float, devices: float, waited: float) -> Spent:
-        """After one more step; several members share the devices."""
+    def plus(self, seconds: float, devices: float, waited: float, steps: int = 1) -> Spent:
+        """After one more step, or several; members share the devices."""
         return Spent(
             self.seconds + seconds,
             self.device_seconds + seconds * devices,
             self.waited + waited,
-            self.steps + 1,
+            self.steps + steps,
         )
 
 
-def of_step(compiled: jax.stages.Compiled) -> StepCost:
-    """What the compiler says of a step."""
+def of_step(compiled: jax.stages.Compiled, steps: int = 1) -> StepCost:
+    """What the compiler says of a step.
+
+    Args:
+      compiled: the program of a step, or of a loop over such.
+      steps: in one turn of the loop, of which FLOP are counted once, however often it is taken.
+    """
     counts, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    flops = counts["flops"] if counts and "flops" in counts else None
+    flops = counts["flops"] / steps if counts and "flops" in counts else None
     if memory is None:
         return StepCost(flops, None, None)
     # What is donated is in the arguments and in the outputs, once in memory.

@@ -1,13 +1,15 @@
 """The training loop: steps, their record, evaluation, checkpoints, and the end of all that.
 
-One program trains one run, or several that differ in `learner.KNOBS` alone.
+One program trains one run, or several that differ in `learner.KNOBS` alone. A call of it is a step,
+or `train.steps_per_call` of them, in one compiled loop that makes its examples as it goes.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -76,11 +78,11 @@ def run(
     # That some process was told to stop comes out of the step as its loss does: the same for all.
     @functools.partial(
         jax.jit,
-        static_argnums=6,
+        static_argnums=(6, 7),
         donate_argnums=0,
         out_shardings=(ready.where, ready.rules.copied, ready.rules.copied),
     )
-    def step_once(
+    def call_once(
         state: learner.State,
         normalisation: Any,
         batch: Any,
@@ -88,16 +90,34 @@ def run(
         knobs: learner.Knobs,
         flag: Any,
         which: int,
+        count: int,
     ) -> tuple[learner.State, objective.Terms, jax.Array]:
-        seen = ready.supply.see(batch, constants, which)
-        step = functools.partial(learner.train_step, config)
-        # A single run's numbers are constants of its program.
-        done = (
-            jax.vmap(step)(state, normalisation, seen, knobs)
-            if stacked
-            else step(state, normalisation, seen)
-        )
-        return *done, jnp.any(flag)
+        def step_once(state: learner.State, batch: Any, which: int) -> tuple:
+            seen = ready.supply.see(batch, constants, which)
+            step = functools.partial(learner.train_step, config)
+            # A single run's numbers are constants of its program.
+            return (
+                jax.vmap(step)(state, normalisation, seen, knobs)
+                if stacked
+                else step(state, normalisation, seen)
+            )
+
+        def turn(state: learner.State, first: jax.Array) -> tuple:
+            """A step of every length."""
+            state = jax.lax.with_sharding_constraint(state, ready.where)
+            several = []
+            for which in range(lengths):
+                state, terms = step_once(state, first + which, which)
+                several.append(terms)
+            return state, jax.tree.map(lambda *x: jnp.stack(x), *several)
+
+        if count == 1:
+            state, terms = step_once(state, batch, which)
+        else:
+            state, terms = jax.lax.scan(turn, state, batch + jnp.arange(0, count, lengths))
+        members = (len(knobs.seed),) if stacked else ()
+        terms = jax.tree.map(lambda x: x.reshape(count, *members), terms)
+        return state, terms, jnp.any(flag)
 
     judge = functools.partial(learner.held_out_error_db, config, members=stacked)
     each = jax.vmap if stacked else _as_it_is
@@ -113,50 +133,57 @@ def run(
     left_behind: dict[int, str] = {}
 
     def check(step: int, losses: Any, what: str = "loss is {}") -> None:
-        """Leaves members behind whose number is not finite; the last of them ends the run."""
-        for i, value in enumerate(np.atleast_1d(losses)):
-            if not np.isfinite(value) and i not in left_behind:
-                left_behind[i] = _diverged(what.format(value), step)
-                if stacked:
-                    say(f"{members[i].workdir}: left behind, {left_behind[i]}")
-                log.drop(i)
+        """Leaves members behind whose number is not finite, in this step or those after it in
+        `losses`; the last of them ends the run."""
+        for number, row in enumerate(np.asarray(losses).reshape(-1, len(members)), step):
+            for i, value in enumerate(row):
+                if not np.isfinite(value) and i not in left_behind:
+                    left_behind[i] = _diverged(what.format(value), number)
+                    if stacked:
+                        say(f"{members[i].workdir}: left behind, {left_behind[i]}")
+                    log.drop(i)
         if len(left_behind) == len(members):
             raise FloatingPointError(next(iter(left_behind.values())))
 
     notes = members[0].saved.notes
     spent = cost.Spent(**notes["spent"]) if "spent" in notes else cost.Spent()
-    programs: dict[int, jax.stages.Compiled] = {}  # one for each segment length
+    # One for each segment length, or for calls of several steps.
+    programs: dict[tuple[int, int], jax.stages.Compiled] = {}
+    compiled = _compiled(start_step, config.train.steps_per_call, lengths)
     profile = _Profile(members[0].workdir, config.train.profile_steps, say)
     flags, asked = mesh.flags(ready.devices), np.asarray(False)
     stream = ready.supply.stream(start_step)
     accounted = time.monotonic()
-    for step in range(start_step, steps):
+    for step, count in _calls(start_step, steps, config.train.steps_per_call):
         before = time.monotonic()
-        batch = next(stream)
+        # In a call of several steps the first's number is enough: the others' follow from it.
+        batch, *_ = itertools.islice(stream, count)
         waited = time.monotonic() - before
         which = step % lengths
         asked_before, flag = asked, flags[signals.received is not None]
         given = (state, normalisation, batch, ready.supply.constants, knobs, flag)
-        if which not in programs:
+        if (which, count) not in programs:
             compiling = time.monotonic()
-            programs[which] = step_once.lower(*given, which).compile()
-            step_cost = cost.of_step(programs[which])
+            programs[which, count] = call_once.lower(*given, which, count).compile()
+            step_cost = cost.of_step(programs[which, count], 1 if count == 1 else lengths)
             say(cost.step_line(step_cost, time.monotonic() - compiling))
-        profile.before(step - start_step - lengths)
-        state, terms, asked = programs[which](*given)
-        # The step before is read while this one runs.
+        profile.before(step - compiled)
+        state, terms, asked = programs[which, count](*given)
+        # The call before is read while this one runs.
         if log.pending:
             check(log.pending[-1][0], log.pending[-1][1].loss)
-        leaving = bool(asked_before)
+        # A process alone has nobody to agree with first.
+        told = signals.received is not None and jax.process_count() == 1
+        leaving = told or bool(asked_before)
         log.add(step, terms, waited)
-        done = step + 1
-        if done == start_step + lengths:  # compilation is no measure of the time left
+        done = step + count
+        if done == compiled:  # compilation is no measure of the time left
             jax.block_until_ready(state)
             log.start_clock(done)
         last = done == steps
-        profile.after(done - start_step - lengths, state)
+        profile.after(done - compiled, state)
         now = time.monotonic()
-        spent = spent.plus(now - accounted, ready.devices.size / len(members), waited)
+        spent = spent.plus(now - accounted, ready.devices.size / len(members), waited, count)
         accounted = now
         if done % config.train.log_every == 0 or last:
             check(step, terms.loss)
@@ -198,6 +225,20 @@ def _as_it_is(function: Callable) -> Callable:
     return function
 
 
+def _calls(first: int, steps: int, ahead: int) -> Iterator[tuple[int, int]]:
+    """(step, how many from it on) of every call: so many as are asked for at a time, but for the
+    steps up to a multiple of that, where an interruption was between two."""
+    while first < steps:
+        count = 1 if first % ahead else ahead
+        yield first, count
+        first += count
+
+
+def _compiled(first: int, ahead: int, lengths: int) -> int:
+    """The step before which every program has run once."""
+    return first + lengths if ahead == 1 else first + -first % ahead + ahead
+
+
 class _Profile:
     """A trace of some of the first steps, once compiled ones, for TensorBoard or XProf."""
 
@@ -210,8 +251,9 @@ class _Profile:
             jax.profiler.start_trace(self._folder)
 
     def after(self, count: int, state: learner.State) -> None:
-        """After so many of them."""
-        if self._steps and count == self._steps and jax.process_index() == 0:
+        """After so many of them; a call's last one counts for all."""
+        if count >= self._steps > 0 and jax.process_index() == 0:
+            self._steps = 0
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._say(f"profile of {count} steps: {self._folder} (tensorboard, or xprof)")

@@ -4,8 +4,9 @@ The examples of a batch are split over the axes `data` and `fsdp`. Along `data` 
 copy; along `fsdp` (one device wide, unless asked for) the large leaves of parameters and optimiser
 state are split as well, and gathered where a step needs them: our networks are a few MB and need
 none of it, larger ones may. Along `replica` lie members of a sweep that are trained as one program:
-they have a state each, and share the example numbers and the corpus. The names of axes stand in
-this module and nowhere else.
+they have a state each, and share the example numbers and the corpus. The corpus is a copy on every
+device, or split as a batch is (`from_parts`, `read_parts`). The names of axes stand in this module
+and nowhere else.
 
 Where there are several processes (`eqst.processes`), all of them call what is here, in one order.
 """
@@ -19,10 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 REPLICA_AXIS, DATA_AXIS, FSDP_AXIS = "replica", "data", "fsdp"
+
+# Where an axis of members lies that `jax.vmap` adds (its `spmd_axis_name`).
+MEMBERS = REPLICA_AXIS
 
 # Auto lets the compiler place what lies between our inputs and outputs. Under Explicit a placement
 # is part of every array's type: the convolutions and `vmap` work (with the mesh set globally), but
@@ -30,7 +36,8 @@ REPLICA_AXIS, DATA_AXIS, FSDP_AXIS = "replica", "data", "fsdp"
 # refused until each line names an out_sharding: placement in modules that should not know of it.
 AXIS_TYPE = AxisType.Auto
 
-SPLIT = PartitionSpec((DATA_AXIS, FSDP_AXIS))
+ROWS = (DATA_AXIS, FSDP_AXIS)
+SPLIT = PartitionSpec(ROWS)
 COPIED = PartitionSpec()
 
 # Smaller leaves (biases, norms) stay whole: to gather them costs more than they weigh.
@@ -43,7 +50,7 @@ class Shardings:
 
     Attributes:
       batch: of arrays of any rank whose first axis counts examples.
-      copied: of what is the same everywhere: metrics, a resident corpus.
+      copied: of what is the same everywhere: metrics, a corpus that is not split.
       own: of what every member has of its own and devices of a member share: its normalisation.
       own_batch: of examples that every member has of its own, [members, examples, ..] if stacked.
       state: from a tree of parameters or optimiser state (arrays, or their shapes) to its
@@ -233,6 +240,95 @@ def placed(sharding: NamedSharding, tree: Any) -> Any:
 def copied(mesh: Mesh, tree: Any) -> Any:
     """A tree of numpy arrays, the same on every process, as a copy on every device."""
     return placed(NamedSharding(mesh, COPIED), tree)
+
+
+def on_each(mesh: Mesh, function: Callable, *specs: Any) -> Callable:
+    """A function that each device calls for its own examples alone, and what it gives is a batch.
+
+    The compiler would split most functions so by itself. But for an FFT it gathers the batch (and
+    all members), and every device transforms all of it.
+
+    Args:
+      mesh: from `make_mesh`.
+      function: of arrays as one device has them, to a tree of arrays [own examples, ..].
+      *specs: `SPLIT` or `COPIED` for each argument, or a tree of them.
+    """
+    if mesh.size == 1:
+        return function
+    # Of members (a vmapped axis, see `MEMBERS`) the check of varying axes does not know.
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+
+
+def own_rows(mesh: Mesh, size: int) -> jax.Array:
+    """Within `on_each`: which examples of a batch of this size are the device's own, [rows]."""
+    if mesh.size == 1:
+        return jnp.arange(size, dtype=jnp.int32)
+    rows = size // ways(mesh)
+    return jax.lax.axis_index(ROWS) * rows + jnp.arange(rows, dtype=jnp.int32)
+
+
+def from_parts(mesh: Mesh, make: Callable[[int], np.ndarray]) -> jax.Array:
+    """`ways` parts, joined along their first axis: part i lies on device i of those of a batch.
+
+    Args:
+      mesh: from `make_mesh`.
+      make: number -> part, all of one shape; a process asks for those of its own devices, once.
+    """
+    make = functools.cache(make)
+    rows, *rest = make(_own_parts(mesh).start).shape
+    sharding = NamedSharding(mesh, SPLIT)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return make((index[0].start or 0) // rows)
+
+    return jax.make_array_from_callback((rows * ways(mesh), *rest), sharding, part)
+
+
+def read_parts(
+    read: Callable[[Any, jax.Array], jax.Array],
+    part: jax.Array | np.ndarray,
+    part_B: jax.Array,
+    place_B: jax.Array,
+) -> jax.Array:
+    """Within `on_each`: reads a table that is split over the devices, wherever in it a row lies.
+
+    Every device is told all places, reads those in its own part, and has zeros for the others. The
+    sum over devices, of which each takes its own examples, is of bits and 0: it is exact, and the
+    same for any number of devices. Sent are the whole batch's rows, by every device.
+
+    Args:
+      read: (a device's part, place) -> [..], of 16 bits; out of range it may give anything.
+      part: the device's own, of what `from_parts` made.
+      part_B: [B] the part in which each of the device's examples lies.
+      place_B: [B] where in that part.
+
+    Returns:
+      [B, ..] for these examples.
+    """
+    all_parts_B, all_places_B = (jax.lax.all_gather(x, ROWS, tiled=True) for x in (part_B, place_B))
+    mine_B = all_parts_B == jax.lax.axis_index(ROWS)
+    rows = jax.vmap(lambda place, mine: jnp.where(mine, read(part, place), 0))(all_places_B, mine_B)
+    shape = rows.shape[1:]
+    packed_BW = jax.vmap(_packed)(rows)
+    own_BW = jax.lax.psum_scatter(packed_BW, ROWS, scatter_dimension=0, tiled=True)
+    own = jax.vmap(lambda packed_W: _unpacked(packed_W, shape, rows.dtype))(own_BW)
+    # With members the sum comes in another order of axes, in which XLA's CPU has no FFT (0.10).
+    return with_layout_constraint(own, Layout(tuple(range(own.ndim))))
+
+
+def _packed(row: jax.Array) -> jax.Array:
+    """Numbers of 16 bits, two in an int32: collectives add no shorter integers."""
+    flat_N = jax.lax.bitcast_convert_type(row, jnp.int16).reshape(-1)
+    low_W, high_W = jnp.pad(flat_N, (0, flat_N.size % 2)).astype(jnp.int32).reshape(2, -1)
+    return (high_W << 16) | (low_W & 0xFFFF)
+
+
+def _unpacked(packed_W: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The numbers back: of such a shape and kind."""
+    both_2W = jnp.stack([(packed_W << 16) >> 16, packed_W >> 16]).astype(jnp.int16)
+    row = both_2W.reshape(-1)[: math.prod(shape)].reshape(shape)
+    return jax.lax.bitcast_convert_type(row, dtype)
 
 
 def flags(mesh: Mesh) -> tuple[jax.Array, jax.Array]:

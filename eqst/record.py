@@ -98,7 +98,7 @@ class Record:
 class Log:
     """What the steps of one program give, for the records of its members and the screen.
 
-    Terms are NamedTuples of scalars, or of [members] where there are several.
+    Terms are NamedTuples of [steps] of a call, or of [steps, members] where there are several.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Log:
         self._records, self._rates, self._say = records, rates, say
         self._steps, self._batch_size = steps, batch_size
         self.going = list(range(len(records)))  # members that are still trained
-        self.pending: list[tuple[int, Any]] = []  # steps not yet in a line
+        self.pending: list[tuple[int, Any]] = []  # calls not yet in a line, by their first step
         self._kind = kind
         self._waited, self._done, self._since = 0.0, 0, time.monotonic()
         self._clock = (time.monotonic(), 0)
@@ -124,24 +124,31 @@ class Log:
         """Takes up what `unlogged` gave for each member before an interruption."""
         for rows in zip(*unlogged, strict=True):
             columns = zip(*(numbers for _, numbers in rows), strict=True)
-            terms = self._kind(*(np.array(x, np.float32) for x in columns))
+            terms = self._kind(*(np.array([x], np.float32) for x in columns))
             self.pending.append((rows[0][0], terms))
 
     def unlogged(self, member: int) -> list:
         """JSON of the pending steps, for a checkpoint's notes."""
         return [
-            [step, [float(np.atleast_1d(x)[member]) for x in terms]] for step, terms in self.pending
+            [first + i, [float(x[i, member]) for x in table]]
+            for first, table in ((first, self._table(terms)) for first, terms in self.pending)
+            for i in range(len(table[0]))
         ]
+
+    def _table(self, terms: Any) -> list[np.ndarray]:
+        """Each term of a call as [steps, members]."""
+        return [np.asarray(x).reshape(-1, len(self._records)) for x in terms]
 
     def start_clock(self, done: int) -> None:
         """From here on, with so many steps done, steps tell the time that is left."""
         self._clock = (time.monotonic(), done)
 
     def add(self, step: int, terms: Any, waited: float) -> None:
-        """A step's terms, which may still be on their way, and the seconds its batch kept it."""
+        """The terms of a call from this step on, which may still be on their way, and the seconds
+        its batch kept it."""
         self.pending.append((step, terms))
         self._waited += waited
-        self._done += 1
+        self._done += len(terms[0])
 
     def drop(self, member: int) -> None:
         """A member is trained no more."""
@@ -152,17 +159,15 @@ class Log:
         now = time.monotonic()
         rate = self._done * self._batch_size / (now - self._since)
         share = self._waited / (now - self._since)
-        table = [[np.atleast_1d(x) for x in terms] for _, terms in self.pending]
+        tables = [self._table(terms) for _, terms in self.pending]
+        columns = [np.concatenate(parts) for parts in zip(*tables, strict=True)]
         losses, shapes = [], []
         for member in self.going:
             means = self._kind(
-                *(
-                    float(np.mean(np.asarray([x[member] for x in column], np.float32)))
-                    for column in zip(*table, strict=True)
-                )
+                *(float(np.mean(np.asarray(column[:, member], np.float32))) for column in columns)
             )
-            step, _ = self.pending[-1]
-            values = {**means._asdict(), "learning_rate": float(self._rates[member](step))}
+            now_rate = float(self._rates[member](done - 1))  # of the last step that was done
+            values = {**means._asdict(), "learning_rate": now_rate}
             self._records[member].write(done, {**values, "pairs_per_s": rate, "input_wait": share})
             losses.append(means.loss)
             shapes.append(means.shape_db)

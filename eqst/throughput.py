@@ -93,7 +93,7 @@ class _Program(NamedTuple):
 
     step: Any
     state: Any
-    numbers: Any
+    number: Any  # of the next step
     constants: Any
 
 
@@ -115,50 +115,50 @@ def _compiled(
         own = learner.stacked_knobs([made] * case.members)
         step = jax.vmap(step, in_axes=(0, None, 0, 0))
 
-    def see(k_B: jax.Array, constants: Any) -> batches.Seen:
-        return source.see(k_B, constants, 0)
+    def see(number: jax.Array, constants: Any) -> batches.Seen:
+        return source.see(number, constants, 0)
 
-    def whole(state: Any, k_B: jax.Array, constants: Any) -> Any:
+    def whole(state: Any, number: jax.Array, constants: Any) -> Any:
         def one(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            state, k_B = carry
-            state, terms = step(state, normalisation, see(k_B, constants), own)
-            return (state, k_B + case.batch), terms.loss
+            state, number = carry
+            state, terms = step(state, normalisation, see(number, constants), own)
+            return (state, number + 1), terms.loss
 
         if case.steps == 1:
-            (state, k_B), losses = one((state, k_B), None)
+            (state, number), losses = one((state, number), None)
         else:
-            (state, k_B), losses = jax.lax.scan(one, (state, k_B), None, length=case.steps)
-        return state, losses, k_B
+            (state, number), losses = jax.lax.scan(one, (state, number), None, length=case.steps)
+        return state, losses, number
 
-    numbers = jnp.arange(case.batch, dtype=jnp.int32)
-    heard = jax.jit(see).lower(numbers, source.constants).compile()
-    done = jax.jit(whole, donate_argnums=0).lower(state, numbers, source.constants).compile()
+    first = jnp.zeros((), jnp.int32)
+    heard = jax.jit(see).lower(first, source.constants).compile()
+    done = jax.jit(whole, donate_argnums=0).lower(state, first, source.constants).compile()
     return (
-        _Program(done, state, numbers, source.constants),
-        _Program(heard, None, numbers, source.constants),
+        _Program(done, state, first, source.constants),
+        _Program(heard, None, first, source.constants),
     )
 
 
 def _timed(case: _Case, program: _Program, heard: _Program, size: Size) -> dict[str, Any]:
-    state, k_B = program.state, program.numbers
+    state, number = program.state, program.number
     losses = []
     for _ in range(2):  # the first calls load what was compiled
-        state, loss, k_B = program.step(state, k_B, program.constants)
+        state, loss, number = program.step(state, number, program.constants)
         losses.append(loss)
     jax.block_until_ready(state)
     steps, began = 0, time.perf_counter()
     while steps < size.device_steps and time.perf_counter() - began < size.device_seconds:
-        state, loss, k_B = program.step(state, k_B, program.constants)
+        state, loss, number = program.step(state, number, program.constants)
         losses.append(loss)
         steps += 1
         if steps % _EDGE == 0:
             jax.block_until_ready(loss)
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - began) / steps / case.steps
-    jax.block_until_ready(heard.step(heard.numbers, heard.constants))
+    jax.block_until_ready(heard.step(heard.number, heard.constants))
     began, count = time.perf_counter(), max(steps // 4, 1)
     for _ in range(count):
-        seen = heard.step(heard.numbers, heard.constants)
+        seen = heard.step(heard.number, heard.constants)
     jax.block_until_ready(seen)
     hearing = (time.perf_counter() - began) / count
     # The compiler counts the body of a loop once.
