@@ -5,7 +5,8 @@ Pure functions of arrays; `eqst.train` has the loop, the files and the signals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,11 +131,11 @@ def batch_terms(
     key: jax.Array | None = None,
     weights: objective.Weights | None = None,
     *,
-    members: bool = False,
+    own_kernels: bool = False,
 ) -> objective.Terms:
     """Terms of every pair, leaves [B]; `key` for dropout, `weights` of the loss if not its own.
 
-    `members` says that this is vmapped over the parameters of several runs.
+    `own_kernels` as in `predictor.apply`.
     """
 
     def one(
@@ -142,7 +143,7 @@ def batch_terms(
     ) -> objective.Terms:
         own = None if key is None else jax.random.fold_in(key, b)
         seen_as = predictor.apply(
-            config, params, normalisation, input_XM, reference_XM, own, own_kernels=members
+            config, params, normalisation, input_XM, reference_XM, own, own_kernels=own_kernels
         )
         return objective.pair_terms(config, seen_as, label_KP, weights)
 
@@ -155,12 +156,14 @@ def train_step(
     normalisation: predictor.Normalisation,
     seen: batches.Seen,
     knobs: Knobs | None = None,
+    *,
+    own_kernels: bool = False,
 ) -> tuple[State, objective.Terms]:
     """One update. Pure; `config` is static. Returns the new state and the batch's mean terms.
 
-    `knobs` stand for the config's own numbers where they are given: for several runs at once.
+    `knobs` stand for the config's own numbers where they are given; `own_kernels` as in
+    `predictor.apply`.
     """
-    members = knobs is not None
     knobs = Knobs.of(config) if knobs is None else knobs
     # A stream of its own, apart from the one that draws pairs. Without dropout nothing is drawn,
     # and the seed is no part of the compiled step.
@@ -169,7 +172,7 @@ def train_step(
 
     def loss(params: predictor.Params) -> tuple[jax.Array, objective.Terms]:
         terms_B = batch_terms(
-            config, params, normalisation, seen, key, knobs.weights, members=members
+            config, params, normalisation, seen, key, knobs.weights, own_kernels=own_kernels
         )
         terms = jax.tree.map(jnp.mean, terms_B)
         return terms.loss, terms
@@ -189,10 +192,10 @@ def held_out_error_db(
     normalisation: predictor.Normalisation,
     valid: batches.Weighed,
     *,
-    members: bool = False,
+    own_kernels: bool = False,
 ) -> jax.Array:
     """[] mean shape error over the pairs that count, whatever fills up the devices."""
-    terms_B = batch_terms(config, params, normalisation, valid.seen, members=members)
+    terms_B = batch_terms(config, params, normalisation, valid.seen, own_kernels=own_kernels)
     return jnp.sum(valid.weight_B * terms_B.shape_db)
 
 
@@ -201,3 +204,22 @@ def all_finite(params: predictor.Params) -> jax.Array:
     """[] whether every number of a tree is finite."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
     return jnp.all(jnp.stack(leaves))
+
+
+def over_members(function: Callable, *, apart: bool) -> Callable:
+    """A function of one run's trees as that of several runs, stacked along a first axis.
+
+    Args:
+      function: of trees, and of `own_kernels`.
+      apart: one member after the other in the program, with convolutions as a run alone has them,
+        and not all by `vmap`, which makes products of patches of them (2 to 4 times as long).
+    """
+    if not apart:
+        return jax.vmap(functools.partial(function, own_kernels=True))
+
+    def one_by_one(*trees: Any) -> Any:
+        count = len(jax.tree.leaves(trees)[0])
+        parts = [function(*jax.tree.map(lambda x, i=i: x[i], trees)) for i in range(count)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+    return one_by_one

@@ -75,6 +75,10 @@ def run(
     start_step = step_of(state)
     knobs = mesh.placed(ready.rules.own, learner.stacked_knobs([x.config for x in members]))
 
+    # Where members share their devices, the convolutional ones are better off one by one.
+    apart = config.features.kind == "mel" and mesh.groups(ready.devices) == 1
+    several = functools.partial(learner.over_members, apart=apart)
+
     # That some process was told to stop comes out of the step as its loss does: the same for all.
     @functools.partial(
         jax.jit,
@@ -97,7 +101,7 @@ def run(
             step = functools.partial(learner.train_step, config)
             # A single run's numbers are constants of its program.
             return (
-                jax.vmap(step)(state, normalisation, seen, knobs)
+                several(step)(state, normalisation, seen, knobs)
                 if stacked
                 else step(state, normalisation, seen)
             )
@@ -105,11 +109,11 @@ def run(
         def turn(state: learner.State, first: jax.Array) -> tuple:
             """A step of every length."""
             state = jax.lax.with_sharding_constraint(state, ready.where)
-            several = []
+            each = []
             for which in range(lengths):
                 state, terms = step_once(state, first + which, which)
-                several.append(terms)
-            return state, jax.tree.map(lambda *x: jnp.stack(x), *several)
+                each.append(terms)
+            return state, jax.tree.map(lambda *x: jnp.stack(x), *each)
 
         if count == 1:
             state, terms = step_once(state, batch, which)
@@ -119,10 +123,12 @@ def run(
         terms = jax.tree.map(lambda x: x.reshape(count, *members), terms)
         return state, terms, jnp.any(flag)
 
-    judge = functools.partial(learner.held_out_error_db, config, members=stacked)
-    each = jax.vmap if stacked else _as_it_is
-    evaluate = jax.jit(each(judge), out_shardings=ready.rules.copied)
-    finite = jax.jit(each(learner.all_finite), out_shardings=ready.rules.copied)
+    judge = functools.partial(learner.held_out_error_db, config)
+    evaluate = jax.jit(several(judge) if stacked else judge, out_shardings=ready.rules.copied)
+    finite = jax.jit(
+        jax.vmap(learner.all_finite) if stacked else learner.all_finite,
+        out_shardings=ready.rules.copied,
+    )
 
     records = [Record(x.workdir, start_step, config.train.tensorboard, say) for x in members]
     rates = [learner.learning_rate(config, x.config.train.learning_rate) for x in members]
@@ -219,10 +225,6 @@ def run(
             + "; ".join(f"{members[i].workdir}: {why}" for i, why in left_behind.items())
         )
     return state
-
-
-def _as_it_is(function: Callable) -> Callable:
-    return function
 
 
 def _calls(first: int, steps: int, ahead: int) -> Iterator[tuple[int, int]]:

@@ -149,6 +149,11 @@ def make_mesh(num_devices: int | None = None, fsdp: int = 1, members: int = 1) -
     return Mesh(grid, (REPLICA_AXIS, DATA_AXIS, FSDP_AXIS), axis_types=(AXIS_TYPE,) * 3)
 
 
+def groups(mesh: Mesh) -> int:
+    """Over how many groups of devices members are spread."""
+    return mesh.shape[REPLICA_AXIS]
+
+
 def ways(mesh: Mesh) -> int:
     """Over how many devices a batch is split."""
     return mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]

@@ -104,16 +104,18 @@ def _compiled(
     shape = predictor.normalisation_shape(made).mean.shape
     normalisation = predictor.Normalisation(jnp.zeros(shape), jnp.full(shape, 15.0))
     state = learner.init_state(made)
-    step = functools.partial(learner.train_step, made)
+    step: Any = functools.partial(learner.train_step, made)
     own: Any = None
     if case.members > 1:
         seeds = range(case.members)
         source = batches.of_members(
             [batches.of_member(source, seed, weight_R) for seed in seeds], jax.device_put
         )
-        state = jax.tree.map(lambda x: jnp.stack([x] * case.members), state)
+        state, normalisation = jax.tree.map(
+            lambda x: jnp.stack([x] * case.members), (state, normalisation)
+        )
         own = learner.stacked_knobs([made] * case.members)
-        step = jax.vmap(step, in_axes=(0, None, 0, 0))
+        step = learner.over_members(step, apart=made.features.kind == "mel")
 
     def see(number: jax.Array, constants: Any) -> batches.Seen:
         return source.see(number, constants, 0)
