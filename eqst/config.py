@@ -138,6 +138,10 @@ class Train:
     eval_every: int = 500
     eval_pairs: int = 256
     checkpoint_every: int = 500
+    # Of the checkpoints to go on from the newest so many stay (two: one to fall back on), and for
+    # good those of every so many steps (0: none). The best one always stays.
+    keep_newest: int = 2
+    keep_every: int = 0
     devices: int = 0  # 0: all there are
     # Over how many devices the large leaves of parameters and optimiser state are split.
     fsdp: int = 1
@@ -190,7 +194,7 @@ POOLED_WINDOW_FACTOR = 4
 # Settings that may differ between two runs on one workdir without changing a result.
 FREE_KEYS = (
     *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
-    *("train.profile_steps", "data.cache_dir"),
+    *("train.profile_steps", "train.keep_newest", "train.keep_every", "data.cache_dir"),
 )
 
 # Inclusive bounds of numbers (each element, for a tuple).
@@ -244,6 +248,8 @@ BOUNDS = {
     "train.eval_every": (1, 2**31 - 1),
     "train.eval_pairs": (1, 1_000_000),
     "train.checkpoint_every": (1, 2**31 - 1),
+    "train.keep_newest": (2, 1_000_000),
+    "train.keep_every": (0, 2**31 - 1),
     "train.devices": (0, 1_000_000),
     "train.profile_steps": (0, 1000),
     "train.fsdp": (1, 1_000_000),
@@ -257,11 +263,7 @@ BOUNDS = {
 
 def default() -> config_dict.ConfigDict:
     """All settings at their defaults, locked against unknown keys."""
-    return _to_config_dict(Config())
-
-
-def _to_config_dict(config: Config) -> config_dict.ConfigDict:
-    return config_dict.ConfigDict(dataclasses.asdict(config), type_safe=True).lock()
+    return config_dict.ConfigDict(dataclasses.asdict(Config()), type_safe=True).lock()
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -357,15 +359,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check(config: Config) -> Config:
-    flat = {
-        f"{group}.{key}" if group else key: value
-        for group, part in [("", vars(config))]
-        + [
-            (name, vars(value))
-            for name, value in vars(config).items()
-            if hasattr(value, "__dict__")
-        ]
-        for key, value in part.items()
+    parts = {name: x for name, x in vars(config).items() if dataclasses.is_dataclass(x)}
+    flat = vars(config) | {
+        f"{group}.{key}": x for group, part in parts.items() for key, x in vars(part).items()
     }
     for key, allowed in CHOICES.items():
         _require(flat[key] in allowed, f"{key} is {flat[key]!r}; choose {' or '.join(allowed)}")
@@ -437,6 +433,11 @@ def _check(config: Config) -> Config:
     _require(
         data.gate_share == 0.0 or data.rendering == "pooled",
         f"data.gate_share needs data.rendering 'pooled', not {data.rendering!r}",
+    )
+    _require(
+        config.train.keep_every % config.train.checkpoint_every == 0,
+        f"train.keep_every is {config.train.keep_every}: it has to be a multiple of "
+        f"train.checkpoint_every ({config.train.checkpoint_every}), or 0",
     )
     _require(config.loss.parameters + config.loss.response > 0, "both loss weights are 0")
     return config

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,15 @@ from etils import epath
 
 from eqst import card as cards
 from eqst import processes
-from eqst.card import CARD_NAME, FORMAT_VERSION, DamagedCard, digest, to_json, write_whole
+from eqst.card import (
+    CARD_NAME,
+    FORMAT_VERSION,
+    CheckpointError,
+    DamagedCard,
+    digest,
+    to_json,
+    write_whole,
+)
 
 SEAL_NAME = "eqst.json"
 DAMAGED_NAME = "eqst.damaged.json"
@@ -72,6 +80,32 @@ def complete_steps(root: epath.Path) -> list[int]:
         return []
     names = [folder.name for folder in root.iterdir() if folder.name.isdecimal()]
     return sorted(int(name) for name in names if (root / name / SEAL_NAME).is_file())
+
+
+def newest_readable(
+    root: epath.Path, read: Callable[[int], Any], at_most: int | None = None
+) -> tuple[int, Any, dict[int, str]]:
+    """(step, tree, damaged) of the newest step that `read` does not find damaged."""
+    every = complete_steps(root)
+    steps = [step for step in every if at_most is None or step <= at_most]
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        try:
+            tree = read(step)
+        except Damaged as error:
+            damaged[step] = str(error)
+            continue
+        if damaged:
+            found = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
+            _log.warning("damaged in %s: step %s; going on from step %d", root, found, step)
+        return step, tree, damaged
+    if complete_steps(root) != every:  # a training that is running has moved on meanwhile
+        return newest_readable(root, read, at_most)
+    found = ", ".join(f"step {bad}: {why}" for bad, why in damaged.items())
+    raise CheckpointError(
+        f"no checkpoint in {root} can be read ({found}): restore it from a copy, "
+        "or move the folder away to start again"
+    )
 
 
 def read_card(workdir: str | os.PathLike[str]) -> dict[str, Any]:

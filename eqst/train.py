@@ -95,10 +95,15 @@ def train_together(
         _check_same_run(folder, own)
     with contextlib.ExitStack() as stack, Signals() as signals:
         members = [
-            loop.Member(config, folder, stack.enter_context(checkpoint.Checkpoints(folder)))
+            loop.Member(config, folder, stack.enter_context(_checkpoints(config, folder)))
             for config, folder in zip(configs, folders, strict=True)
         ]
         return _run(members, signals, say)
+
+
+def _checkpoints(config: Config, folder: epath.Path) -> checkpoint.Checkpoints:
+    keep, every = config.train.keep_newest, config.train.keep_every
+    return checkpoint.Checkpoints(folder, keep=keep, keep_every=every)
 
 
 def _check_one_program(plain: list[dict]) -> None:

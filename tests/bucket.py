@@ -101,11 +101,14 @@ def arrays_in_npz(put: Callable[[Any, Any, Any], None]) -> None:
 
     from eqst import arrays, card
 
-    def write_tree(folder, tree):
-        buffer = io.BytesIO()
-        np.savez(buffer, **{k: np.asarray(x) for k, x in card.named_leaves(tree).items()})
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "arrays.npz").write_bytes(buffer.getvalue())
+    def begin_write(folder, tree):
+        def finish():
+            buffer = io.BytesIO()
+            np.savez(buffer, **{k: np.asarray(x) for k, x in card.named_leaves(tree).items()})
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "arrays.npz").write_bytes(buffer.getvalue())
+
+        return finish
 
     def read_tree(folder, targets, *, partial=False):
         with np.load(io.BytesIO((folder / "arrays.npz").read_bytes())) as stored:
@@ -115,7 +118,7 @@ def arrays_in_npz(put: Callable[[Any, Any, Any], None]) -> None:
                 found[name] = jax.device_put(found[name], target.sharding)
         return jax.tree.unflatten(jax.tree.structure(targets), found.values())
 
-    put(arrays, "write_tree", write_tree)
+    put(arrays, "begin_write", begin_write)
     put(arrays, "read_tree", read_tree)
 
 

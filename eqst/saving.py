@@ -1,0 +1,146 @@
+"""One checkpoint written while its process goes on: all or nothing, in order, with its errors kept.
+
+`begin` copies the arrays on their devices, so that the next step may take their memory, and has
+Orbax write them; what is left (waiting for Orbax, checksums, the seal, what becomes too old) is
+done by a thread of the run. One thread per run, so that seals come in the order of the saves: a
+last checkpoint never counts before the best one of the same step, which nobody would make again.
+Nothing here waits for other processes in that thread but Orbax, whose barriers may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from etils import epath
+
+from eqst import arrays
+from eqst.card import MAKE_ROOM, CheckpointError, DamagedCard
+from eqst.seal import SEAL_NAME, complete_steps, find_card, write_seal
+
+
+class Background:
+    """The saves of one run that are under way; its methods are called by all processes alike."""
+
+    def __init__(self) -> None:
+        """With nothing under way."""
+        self._pool = ThreadPoolExecutor(1, "eqst-save")
+        self._under_way: dict[str, Future] = {}  # by the name of the folder they go to
+        self._failed: CheckpointError | None = None
+
+    def begin(
+        self,
+        root: epath.Path,
+        step: int,
+        tree: Any,
+        keep: Callable[[list[int]], Iterable[int]],
+        **facts: Any,
+    ) -> None:
+        """Begins to save a tree as ROOT/STEP, once the save before it into that folder is complete.
+
+        Args:
+          root: the folder of such checkpoints.
+          step: steps done, >= 0.
+          tree: any tree of arrays; they may be changed or given away once this returns.
+          keep: (complete steps, this one among them) -> those that stay.
+          **facts: JSON for the seal.
+
+        Raises:
+          CheckpointError: this save or one before it could not be made.
+        """
+        if step < 0:
+            raise ValueError(f"step={step}: a step is 0 or more")
+        self.wait(root.name)
+        folder = root / str(step)
+        # Without a seal this is what an interrupted save or a damaged checkpoint left.
+        if jax.process_index() == 0 and folder.exists():
+            folder.rmtree()
+        wait_for_all(f"eqst may save {root.name} {step}")
+        try:
+            copied = arrays.snapshot(tree)
+            whole = arrays.whole(copied)
+            written = arrays.begin_write(folder, copied)
+        except jax.errors.JaxRuntimeError:  # of another process
+            raise
+        except Exception as error:
+            raise _failure(folder, error) from error
+
+        def finish() -> None:
+            try:
+                written()
+                if self._failed:  # the save before: a later one must not count
+                    raise self._failed
+                if jax.process_index() == 0:
+                    _seal(folder, step=step, leaves=arrays.facts_of(whole), **facts)
+                    prune(root, keep=keep(complete_steps(root)))
+            except Exception as error:
+                self._failed = self._failed or _failure(folder, error)
+                raise self._failed from error
+
+        self._under_way[root.name] = self._pool.submit(finish)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed meanwhile; waits for nothing.
+
+        Raises:
+          CheckpointError: the folder, what the system said, and the way out.
+        """
+        for job in self._under_way.values():
+            if job.done():
+                job.result()
+
+    def wait(self, *names: str) -> None:
+        """Waits until the saves into some folders, or all, are complete on disk.
+
+        Raises:
+          CheckpointError: as `check`.
+        """
+        for name in names or tuple(self._under_way):
+            if name in self._under_way:
+                self._under_way[name].result()
+                del self._under_way[name]
+                wait_for_all(f"eqst saved {name}")
+
+    def close(self) -> None:
+        """Ends the thread, once what is under way has come to its end, whatever that is."""
+        self._pool.shutdown()
+
+
+def _seal(folder: epath.Path, **facts: Any) -> None:
+    card = None
+    with contextlib.suppress(DamagedCard):  # a lost card is no reason not to save
+        card = find_card(folder.parent.parent.parent)
+    write_seal(folder, card=card, **facts)
+
+
+def _failure(folder: epath.Path, error: Exception) -> CheckpointError:
+    """What is said of a save that failed; what it left is removed as far as that goes."""
+    with contextlib.suppress(Exception):  # of whichever library reaches the storage
+        prune(folder.parent, keep=complete_steps(folder.parent))
+    return CheckpointError(
+        f"{folder} cannot be saved ({arrays.reason(error)}): {MAKE_ROOM}; what was saved "
+        "before is whole, and the same command goes on from it"
+    )
+
+
+def prune(root: epath.Path, *, keep: Iterable[int]) -> None:
+    """Removes everything under `root` but the checkpoints of the steps to keep."""
+    if jax.process_index() != 0:
+        return
+    names = {str(step) for step in keep}
+    for folder in root.iterdir():
+        if folder.name not in names and folder.is_dir():
+            # First what makes it count: half a removed checkpoint is no checkpoint.
+            (folder / SEAL_NAME).unlink(missing_ok=True)
+            folder.rmtree()
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
