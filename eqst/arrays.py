@@ -20,7 +20,10 @@ from etils import epath
 
 from eqst.card import CheckpointError, named_leaves
 from eqst.processes import on_host
-from eqst.seal import Damaged, leaf_facts
+from eqst.seal import LATER, Damaged, leaf_facts
+
+# TensorStore's words for a bucket that is away or closed to us, which is no damage.
+_AWAY = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED")
 
 
 def snapshot(tree: Any) -> Any:
@@ -85,6 +88,7 @@ def read_tree(folder: epath.Path, targets: Any, *, partial: bool = False) -> Any
 
     Raises:
       Damaged: Orbax cannot read them.
+      OSError: the storage does not give them now.
     """
     ocp = orbax()
     try:
@@ -94,6 +98,8 @@ def read_tree(folder: epath.Path, targets: Any, *, partial: bool = False) -> Any
                 targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
             return ocp.load(folder, targets, checkpointable_name="state")
     except Exception as error:
+        if _AWAY.search(str(error)):
+            raise OSError(f"{folder} cannot be read now ({reason(error)}): {LATER}") from None
         raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
 
 
@@ -153,7 +159,8 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {str(error)[:120]}"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return os.strerror(int(code[1])) if code else text
 
 
 @contextlib.contextmanager

@@ -267,6 +267,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the tree is another one than was saved, or every checkpoint is damaged.
+          OSError: the storage does not give them now.
           ValueError: a leaf has no sharding.
         """
         steps = complete_steps(self._last)
@@ -283,10 +284,10 @@ class Checkpoints:
         target_tree = jax.tree.unflatten(jax.tree.structure(abstract_state), targets.values())
 
         def read(step: int) -> Any:
-            seal = together(lambda: read_seal(self._last / str(step)), Damaged)
+            seal = together(lambda: read_seal(self._last / str(step)), Damaged, OSError)
             arrays.check_same_tree(seal["leaves"], targets, self._last / str(step))
             folder = self._last / str(step)
-            tree = together(lambda: arrays.read_tree(folder, target_tree), Damaged)
+            tree = together(lambda: arrays.read_tree(folder, target_tree), Damaged, OSError)
             found = arrays.facts_of(tree)
             together(lambda: arrays.compare(found, seal["leaves"]), Damaged)
             return tree, seal["notes"] if "notes" in seal else {}  # older ones have none

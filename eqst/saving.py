@@ -19,7 +19,10 @@ from etils import epath
 
 from eqst import arrays
 from eqst.card import MAKE_ROOM, CheckpointError, DamagedCard
-from eqst.seal import SEAL_NAME, complete_steps, find_card, write_seal
+from eqst.seal import LATER, SEAL_NAME, complete_steps, find_card, write_seal
+
+# What `etils.epath` and Orbax reach buckets by; most have errors of their own.
+_LIBRARIES = ("tensorflow", "fsspec", "gcsfs", "google", "aiohttp", "requests")
 
 
 class Background:
@@ -29,7 +32,7 @@ class Background:
         """With nothing under way."""
         self._pool = ThreadPoolExecutor(1, "eqst-save")
         self._under_way: dict[str, Future] = {}  # by the name of the folder they go to
-        self._failed: CheckpointError | None = None
+        self._failed: Exception | None = None
 
     def begin(
         self,
@@ -55,30 +58,27 @@ class Background:
             raise ValueError(f"step={step}: a step is 0 or more")
         self.wait(root.name)
         folder = root / str(step)
-        # Without a seal this is what an interrupted save or a damaged checkpoint left.
-        if jax.process_index() == 0 and folder.exists():
-            folder.rmtree()
-        wait_for_all(f"eqst may save {root.name} {step}")
         try:
+            # Without a seal this is what an interrupted save or a damaged checkpoint left.
+            if jax.process_index() == 0 and folder.exists():
+                folder.rmtree()
+            wait_for_all(f"eqst may save {root.name} {step}")
             copied = arrays.snapshot(tree)
             whole = arrays.whole(copied)
             written = arrays.begin_write(folder, copied)
-        except jax.errors.JaxRuntimeError:  # of another process
-            raise
         except Exception as error:
             raise _failure(folder, error) from error
 
         def finish() -> None:
             try:
                 written()
-                if self._failed:  # the save before: a later one must not count
-                    raise self._failed
-                if jax.process_index() == 0:
+                if jax.process_index() == 0 and not self._failed:
                     _seal(folder, step=step, leaves=arrays.facts_of(whole), **facts)
                     prune(root, keep=keep(complete_steps(root)))
             except Exception as error:
                 self._failed = self._failed or _failure(folder, error)
-                raise self._failed from error
+            if self._failed:  # or the save before it, without which it must not count
+                raise self._failed
 
         self._under_way[root.name] = self._pool.submit(finish)
 
@@ -116,8 +116,10 @@ def _seal(folder: epath.Path, **facts: Any) -> None:
     write_seal(folder, card=card, **facts)
 
 
-def _failure(folder: epath.Path, error: Exception) -> CheckpointError:
+def _failure(folder: epath.Path, error: Exception) -> Exception:
     """What is said of a save that failed; what it left is removed as far as that goes."""
+    if isinstance(error, jax.errors.JaxRuntimeError):  # of another process, which is gone
+        return error
     with contextlib.suppress(Exception):  # of whichever library reaches the storage
         prune(folder.parent, keep=complete_steps(folder.parent))
     return CheckpointError(
@@ -136,6 +138,21 @@ def prune(root: epath.Path, *, keep: Iterable[int]) -> None:
             # First what makes it count: half a removed checkpoint is no checkpoint.
             (folder / SEAL_NAME).unlink(missing_ok=True)
             folder.rmtree()
+
+
+def away(error: BaseException, workdir: str) -> OSError | None:
+    """What is said where the bucket that a run lives in has failed, by whichever library; or None.
+
+    Args:
+      error: what has come of a run.
+      workdir: its folder or address.
+    """
+    ours = isinstance(error, ValueError) or workdir in str(error)  # says already what and where
+    library = type(error).__module__.partition(".")[0] in _LIBRARIES
+    if "://" not in workdir or ours or not (library or isinstance(error, OSError)):
+        return None
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return OSError(f"{workdir} cannot be used now ({said}): {LATER}")
 
 
 def wait_for_all(what: str) -> None:

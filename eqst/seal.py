@@ -8,6 +8,7 @@ the run's card, for when that is damaged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from eqst.card import (
 
 SEAL_NAME = "eqst.json"
 DAMAGED_NAME = "eqst.damaged.json"
+LATER = "what was saved is as it was, and the same command goes on from it once it can be read"
 
 _log = logging.getLogger("eqst")
 
@@ -55,23 +57,34 @@ def read_seal(folder: epath.Path) -> dict[str, Any]:
 
     Raises:
       Damaged: a file, or the seal itself, is not what it was.
+      OSError: the storage does not give them now.
     """
+    text = _read(folder, SEAL_NAME)
     try:
-        seal = json.loads((folder / SEAL_NAME).read_text())
+        seal = json.loads(text)
         intact = seal["sha256"] == digest(to_json(seal["body"]))
         files = seal["body"]["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # bytes that are no UTF-8 are a ValueError
         raise Damaged(f"{SEAL_NAME} cannot be read: {type(error).__name__}") from error
     if not intact:
         raise Damaged(f"{SEAL_NAME} does not match its own checksum")
     for name, expected in files.items():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read: {type(error).__name__}") from error
-        if digest(content) != expected:
+        if digest(_read(folder, name)) != expected:
             raise Damaged(f"{name} does not match its checksum")
     return seal["body"]
+
+
+def _read(folder: epath.Path, name: str) -> bytes:
+    """A file of a checkpoint; one that is gone, or lies on a bad piece of disk, is damage, and any
+    other reason, such as a bucket's that is away, is none."""
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        lost = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        if lost or error.errno == errno.EIO:
+            raise Damaged(f"{name} cannot be read: {type(error).__name__}") from error
+        reason = error.strerror or " ".join(str(error).split())[:120]
+        raise OSError(f"{folder / name} cannot be read now ({reason}): {LATER}") from None
 
 
 def complete_steps(root: epath.Path) -> list[int]:

@@ -37,6 +37,7 @@ from eqst import (
     pairs,
     predictor,
     processes,
+    saving,
 )
 from eqst.config import Config, ConfigError, as_dict, differing_keys, from_card, validate
 from eqst.learner import (
@@ -288,6 +289,9 @@ def main() -> None:
             raise OSError(
                 f"another process is gone ({str(error)[:120]}): {processes.START_AGAIN}"
             ) from None
+        away = saving.away(error, flags.FLAGS.workdir)
+        if away is not None:
+            raise away from None
         raise
 
 
