@@ -130,10 +130,8 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._saves.close()
         try:
-            if error is None:  # else that is what to tell
-                self._saves.wait()
+            self._saves.close(error)
         finally:
             self._release()
 

@@ -2,16 +2,18 @@
 
 `begin` copies the arrays on their devices, so that the next step may take their memory, and has
 Orbax write them; what is left (waiting for Orbax, checksums, the seal, what becomes too old) is
-done by a thread of the run. One thread per run, so that seals come in the order of the saves: a
-last checkpoint never counts before the best one of the same step, which nobody would make again.
-Nothing here waits for other processes in that thread but Orbax, whose barriers may.
+done by a thread, after that of the save before: seals come in the order of the saves. Else a last
+checkpoint could count before the best one of its step, which nobody would make again.
+In the thread only Orbax waits for other processes, by barriers that no step can come between.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -30,8 +32,8 @@ class Background:
 
     def __init__(self) -> None:
         """With nothing under way."""
-        self._pool = ThreadPoolExecutor(1, "eqst-save")
         self._under_way: dict[str, Future] = {}  # by the name of the folder they go to
+        self._newest: Future | None = None
         self._failed: Exception | None = None
 
     def begin(
@@ -80,7 +82,7 @@ class Background:
             if self._failed:  # or the save before it, without which it must not count
                 raise self._failed
 
-        self._under_way[root.name] = self._pool.submit(finish)
+        self._newest = self._under_way[root.name] = _in_thread(finish, self._newest)
 
     def check(self) -> None:
         """Raises the error of a save that has failed meanwhile; waits for nothing.
@@ -104,9 +106,40 @@ class Background:
                 del self._under_way[name]
                 wait_for_all(f"eqst saved {name}")
 
-    def close(self) -> None:
-        """Ends the thread, once what is under way has come to its end, whatever that is."""
-        self._pool.shutdown()
+    def close(self, error: BaseException | None) -> None:
+        """Waits until nothing is under way any more, done or failed.
+
+        Args:
+          error: what the run has ended by. Of a process that is gone nobody knows when Orbax, which
+            waits for it, gives up.
+
+        Raises:
+          CheckpointError: as `check`, where there is no other error to tell.
+        """
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            futures.wait(self._under_way.values())
+        if error is None:
+            self.wait()
+
+
+def _in_thread(act: Callable[[], None], before: Future | None) -> Future:
+    """What will come of `act`, which a thread does after `before`.
+
+    A thread of the executors in `concurrent.futures` would keep Python from ending.
+    """
+    promised: Future = Future()
+
+    def run() -> None:
+        futures.wait([before] if before else [])
+        try:
+            act()
+        except Exception as error:
+            promised.set_exception(error)
+        else:
+            promised.set_result(None)
+
+    threading.Thread(target=run, name="eqst-save", daemon=True).start()
+    return promised
 
 
 def _seal(folder: epath.Path, **facts: Any) -> None:

@@ -44,7 +44,7 @@ case "$1 $2" in
 esac
 exec {python} "$@"
 """
-# The metadata server of a host: TRUE where a Spot VM is taken back, and when its host is maintained.
+# A host's metadata server: whether a Spot VM is taken back, and whether its host is maintained.
 CURL = """#!/bin/bash
 case "${@: -1}" in
   */instance/preempted) [ -f "$HOME/preempted" ] && echo TRUE || echo FALSE ;;
