@@ -193,8 +193,9 @@ POOLED_WINDOW_FACTOR = 4
 
 # Settings that may differ between two runs on one workdir without changing a result.
 FREE_KEYS = (
+    *("train.keep_newest", "train.keep_every"),
     *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
-    *("train.profile_steps", "train.keep_newest", "train.keep_every", "data.cache_dir"),
+    *("train.profile_steps", "data.cache_dir"),
 )
 
 # Inclusive bounds of numbers (each element, for a tuple).
@@ -248,9 +249,9 @@ BOUNDS = {
     "train.eval_every": (1, 2**31 - 1),
     "train.eval_pairs": (1, 1_000_000),
     "train.checkpoint_every": (1, 2**31 - 1),
+    "train.devices": (0, 1_000_000),
     "train.keep_newest": (2, 1_000_000),
     "train.keep_every": (0, 2**31 - 1),
-    "train.devices": (0, 1_000_000),
     "train.profile_steps": (0, 1000),
     "train.fsdp": (1, 1_000_000),
     "evaluation.seconds": (0.5, 60.0),

@@ -150,8 +150,6 @@ def run(
         leaving = bool(asked_before)
         log.add(step, terms, waited)
         done = step + 1
-        for member in members:  # what is saved meanwhile may have failed
-            member.saved.check()
         if done == start_step + lengths:  # compilation is no measure of the time left
             jax.block_until_ready(state)
             log.start_clock(done)
@@ -160,6 +158,8 @@ def run(
         now = time.monotonic()
         spent = spent.plus(now - accounted, ready.devices.size / len(members), waited)
         accounted = now
+        for member in members:  # what is being saved may have failed meanwhile
+            member.saved.check()
         if done % config.train.log_every == 0 or last:
             check(step, terms.loss)
             log.write(done)
