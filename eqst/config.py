@@ -41,8 +41,7 @@ class Data:
     valid_share: float = 0.1
     folds: int = 0
     fold: int = 0
-    # Empty: $XDG_CACHE_HOME/eqst or ~/.cache/eqst.
-    cache_dir: str = ""
+    cache_dir: str = ""  # empty: $XDG_CACHE_HOME/eqst or ~/.cache/eqst
     sample_rate: int = 44100
     # Several lengths are taken in turn, batch by batch.
     segment_seconds: tuple[float, ...] = (3.0,)
@@ -89,8 +88,7 @@ class Features:
     high_hz: float = 20000.0
     scale: str = "db"  # linear | db
     floor_db: float = -80.0
-    # Off feeds the network features as they are (for the paper's claims on its latents).
-    normalise: bool = True
+    normalise: bool = True  # off: features as they are (for the paper's claims on its latents)
     bands_per_octave: int = 8
 
 
@@ -145,8 +143,7 @@ class Train:
     devices: int = 0  # 0: all there are
     # Over how many devices the large leaves of parameters and optimiser state are split.
     fsdp: int = 1
-    # Start from the parameters of another workdir (its best checkpoint).
-    init_from: str = ""
+    init_from: str = ""  # another workdir, whose best parameters it starts from
     tensorboard: bool = False
     # So many of the first steps are traced, into WORKDIR/profile.
     profile_steps: int = 0
@@ -435,10 +432,8 @@ def _check(config: Config) -> Config:
         data.gate_share == 0.0 or data.rendering == "pooled",
         f"data.gate_share needs data.rendering 'pooled', not {data.rendering!r}",
     )
-    _require(
-        config.train.keep_every % config.train.checkpoint_every == 0,
-        f"train.keep_every is {config.train.keep_every}: it has to be a multiple of "
-        f"train.checkpoint_every ({config.train.checkpoint_every}), or 0",
-    )
+    kept, saved = config.train.keep_every, config.train.checkpoint_every
+    said = f"train.keep_every is {kept}; take 0 or a multiple of checkpoint_every ({saved})"
+    _require(kept % saved == 0, said)
     _require(config.loss.parameters + config.loss.response > 0, "both loss weights are 0")
     return config
