@@ -268,6 +268,7 @@ class Checkpoints:
           OSError: the storage does not give them now.
           ValueError: a leaf has no sharding.
         """
+        self._saves.wait()
         steps = complete_steps(self._last)
         if len(set(gathered(steps[-1] if steps else -1))) > 1:
             raise CheckpointError(

@@ -21,7 +21,10 @@ from etils import epath
 
 from eqst import arrays
 from eqst.card import MAKE_ROOM, CheckpointError, DamagedCard
+from eqst.processes import gathered
 from eqst.seal import LATER, SEAL_NAME, complete_steps, find_card, write_seal
+
+LOOK_SECONDS, LEAVE_SECONDS = 0.05, 10.0
 
 # What `etils.epath` and Orbax reach buckets by; most have errors of their own.
 _LIBRARIES = ("tensorflow", "fsspec", "gcsfs", "google", "aiohttp", "requests")
@@ -102,24 +105,38 @@ class Background:
         """
         for name in names or tuple(self._under_way):
             if name in self._under_way:
-                self._under_way[name].result()
+                _agree(self._under_way[name])
                 del self._under_way[name]
-                wait_for_all(f"eqst saved {name}")
 
     def close(self, error: BaseException | None) -> None:
         """Waits until nothing is under way any more, done or failed.
 
         Args:
-          error: what the run has ended by. Of a process that is gone nobody knows when Orbax, which
-            waits for it, gives up.
+          error: what the run has ended by. Of several processes it may be one's alone, and Orbax
+            waits for one that is gone, so that they wait for LEAVE_SECONDS at most.
 
         Raises:
           CheckpointError: as `check`, where there is no other error to tell.
         """
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            futures.wait(self._under_way.values())
         if error is None:
             self.wait()
+        elif not isinstance(error, jax.errors.JaxRuntimeError):  # which says that one is gone
+            alone = jax.process_count() == 1
+            futures.wait(self._under_way.values(), None if alone else LEAVE_SECONDS)
+
+
+def _agree(job: Future) -> None:
+    """The end of a save, on all processes at once; who only waited for its own would wait minutes
+    for one that is gone."""
+    while jax.process_count() > 1:
+        failed = job.done() and job.exception() is not None
+        found = gathered(2 if failed else int(job.done()))
+        if (found == 2).any() and not failed:
+            raise CheckpointError(f"process {found.argmax()} cannot save and says why")
+        if failed or found.all():
+            break
+        futures.wait([job], LOOK_SECONDS)
+    job.result()
 
 
 def _in_thread(act: Callable[[], None], before: Future | None) -> Future:
