@@ -130,7 +130,10 @@ def _agree(job: Future) -> None:
     for one that is gone."""
     while jax.process_count() > 1:
         failed = job.done() and job.exception() is not None
-        found = gathered(2 if failed else int(job.done()))
+        try:
+            found = gathered(2 if failed else int(job.done()))
+        except ValueError as error:  # gloo's, of a process that is gone
+            raise jax.errors.JaxRuntimeError(str(error)) from None
         if (found == 2).any() and not failed:
             raise CheckpointError(f"process {found.argmax()} cannot save and says why")
         if failed or found.all():
