@@ -6,24 +6,81 @@ The only importer of Orbax, whose v1 API still moves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from eqst.card import CheckpointError, named_leaves
-from eqst.seal import Damaged, leaf_facts
+from eqst.processes import on_host
+from eqst.seal import LATER, Damaged, leaf_facts
+
+# TensorStore's words for a bucket that is away or closed to us, which is no damage.
+_AWAY = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED")
 
 
-def write_tree(folder: epath.Path, tree: Any) -> None:
-    """Writes a tree of arrays into a folder that does not exist; Orbax's errors pass."""
-    with _quiet_orbax():
-        orbax().save(folder, tree, checkpointable_name="state")
+def snapshot(tree: Any) -> Any:
+    """Copies of a tree's arrays, where they are; numpy and Python scalars become 0-d arrays.
+
+    A step that is given the arrays to keep leaves the copies alone. Nothing is waited for.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    on_device = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    copied = _copier(tuple(leaf.sharding for leaf in on_device.values()))(list(on_device.values()))
+    # A numpy scalar as a leaf would make Orbax raise in a thread and then wait for minutes.
+    found = [None if i in on_device else np.array(leaf) for i, leaf in enumerate(leaves)]
+    for i, leaf in zip(on_device, copied, strict=True):
+        found[i] = leaf
+    return jax.tree.unflatten(structure, found)
+
+
+@functools.cache
+def _copier(shardings: tuple) -> Callable[[list], list]:
+    def copies(leaves: list) -> list:
+        return [jnp.copy(leaf) for leaf in leaves]
+
+    return jax.jit(copies, out_shardings=list(shardings))
+
+
+def whole(tree: Any) -> Any:
+    """The tree with what is split over processes gathered; all of them call it."""
+
+    def gather(leaf: Any) -> Any:
+        split = isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_replicated or leaf.is_fully_addressable
+        )
+        return on_host(leaf) if split else leaf
+
+    return jax.tree.map(gather, tree)
+
+
+def begin_write(folder: epath.Path, tree: Any) -> Callable[[], None]:
+    """Begins to write a tree of arrays into a folder that does not exist.
+
+    Args:
+      folder: where to; it is there only once all has been written.
+      tree: arrays that nobody changes or gives away meanwhile.
+
+    Returns:
+      what waits for the end; Orbax's errors pass, here and there.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet_orbax())
+        writing = orbax().save_async(folder, tree, checkpointable_name="state")
+        quiet = stack.pop_all()
+
+    def finish() -> None:
+        with quiet:
+            writing.result()
+
+    return finish
 
 
 def read_tree(folder: epath.Path, targets: Any, *, partial: bool = False) -> Any:
@@ -31,6 +88,7 @@ def read_tree(folder: epath.Path, targets: Any, *, partial: bool = False) -> Any
 
     Raises:
       Damaged: Orbax cannot read them.
+      OSError: the storage does not give them now.
     """
     ocp = orbax()
     try:
@@ -40,6 +98,8 @@ def read_tree(folder: epath.Path, targets: Any, *, partial: bool = False) -> Any
                 targets = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | targets
             return ocp.load(folder, targets, checkpointable_name="state")
     except Exception as error:
+        if _AWAY.search(str(error)):
+            raise OSError(f"{folder} cannot be read now ({reason(error)}): {LATER}") from None
         raise Damaged(f"Orbax cannot read it: {type(error).__name__}") from error
 
 
@@ -99,18 +159,23 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else f"{type(error).__name__}: {str(error)[:120]}"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return os.strerror(int(code[1])) if code else text
 
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Keeps tracebacks of Orbax's threads off the screen: what they raise is raised to us too."""
     logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
+
+    def nothing(_: logging.LogRecord) -> bool:  # one of its own for each that is under way
+        return False
+
+    logger.addFilter(nothing)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeFilter(nothing)
 
 
 def orbax() -> Any:

@@ -4,7 +4,7 @@ A run's folder:
 
     config.json                 the card, see `eqst.card`
     metrics.jsonl               what was measured on the way, see `eqst.card`
-    checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest two)
+    checkpoints/last/STEP/      an Orbax checkpoint of the whole training state (the newest ones)
     checkpoints/best/STEP/      an Orbax checkpoint of {"params": ..} (the best one)
     .../STEP/eqst.json          `eqst.seal`: a checksum for every file and every leaf, and the card
 
@@ -19,7 +19,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
 
@@ -32,7 +32,6 @@ from eqst.card import (
     CARD_NAME,
     MAKE_ROOM,
     CheckpointError,
-    DamagedCard,
     Loaded,
     exported_in,
     is_exported,
@@ -46,6 +45,7 @@ from eqst.card import (
 from eqst.config import Config, from_card
 from eqst.lock import LOCK_NAME, hold
 from eqst.processes import gathered, together
+from eqst.saving import Background, wait_for_all
 from eqst.seal import (
     DAMAGED_NAME,
     SEAL_NAME,
@@ -53,9 +53,9 @@ from eqst.seal import (
     complete_steps,
     find_card,
     mend_card,
+    newest_readable,
     read_card,
     read_seal,
-    write_seal,
 )
 
 # One import serves whoever keeps runs.
@@ -81,18 +81,25 @@ class Checkpoints:
     """The checkpoints of one run, for the process (or processes) that train it.
 
     Use it in a `with` block: it holds the folder against a second writer. Every method is called
-    by all processes; saves return when the checkpoint is complete on disk.
+    by all processes. A save returns when the checkpoint is complete on disk or, with `wait=False`,
+    when the arrays are copied: then one of each kind may be under way (see `eqst.saving`), the
+    next one waits for it, and so does the end of the block.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 2) -> None:
-        """Names the run's folder and how many of the last checkpoints stay."""
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, keep: int = 2, keep_every: int = 0
+    ) -> None:
+        """Names the run's folder and which of the last checkpoints stay: the newest `keep`, and
+        those of every `keep_every` steps (0: no others)."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint has to stay")
         self._workdir = _absolute(workdir)
         self._folder = self._workdir / "checkpoints"
         self._last = self._folder / "last"
         self._best = self._folder / "best"
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
+        self._saves = Background()
+        self._best_metric: float | None = None
         self._lock: IO[str] | None = None
         self._made: list[epath.Path] = []
         self.notes: dict[str, Any] = {}  # of the checkpoint restored last
@@ -123,6 +130,12 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        try:
+            self._saves.close(error)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         if self._lock is None:
             return
         # Of a run that was refused nothing stays. (A folder that is not empty is a ValueError.)
@@ -141,6 +154,11 @@ class Checkpoints:
 
     def best_metric(self) -> float | None:
         """The metric that `save_best` last accepted; None without one, or where it is damaged."""
+        if self._best_metric is None:  # once: it costs the reading of the whole checkpoint
+            self._best_metric = self._read_best_metric()
+        return self._best_metric
+
+    def _read_best_metric(self) -> float | None:
         steps = complete_steps(self._best)
         if not steps:
             return None
@@ -150,43 +168,87 @@ class Checkpoints:
             _log.warning("the best checkpoint in %s is damaged (%s)", self._best, error)
             return None
 
-    def save(self, step: int, state_tree: Any, notes: Mapping[str, Any] | None = None) -> bool:
-        """Saves the training state and drops all but the newest `keep` checkpoints.
+    def save(
+        self,
+        step: int,
+        state_tree: Any,
+        notes: Mapping[str, Any] | None = None,
+        *,
+        wait: bool = True,
+    ) -> bool:
+        """Saves the training state and drops the checkpoints that are not to stay.
 
         Args:
           step: steps done, >= 0.
           state_tree: any tree of arrays (numpy and Python scalars become 0-d arrays). What `load`
             shall find lies under the key or field `params`, as nested dicts.
           notes: JSON that goes with it; `self.notes` after it is restored.
+          wait: until it is complete on disk.
 
         Returns:
           False where this step is already saved: a complete checkpoint is never written over.
+
+        Raises:
+          CheckpointError: it, or one that was under way, cannot be saved; what was saved is whole.
         """
-        if step in complete_steps(self._last):
+
+        def stay(steps: list[int]) -> list[int]:
+            # What has just been saved is what the run goes on from, newer ones there or not.
+            for_good = [x for x in steps if self._keep_every and x and x % self._keep_every == 0]
+            return [step, *steps[-self._keep :], *for_good]
+
+        self._saves.wait(self._last.name)
+        if (self._last / str(step) / SEAL_NAME).is_file():
             return False
-        _save(self._last, step, state_tree, metric=None, notes=dict(notes or {}))
-        _prune(self._last, keep=complete_steps(self._last)[-self._keep :])
+        facts = {"metric": None, "notes": dict(notes or {})}
+        self._saves.begin(self._last, step, state_tree, stay, **facts)
+        if wait:
+            self._saves.wait()
         return True
 
-    def save_best(self, step: int, params_tree: Any, metric: float) -> bool:
+    def save_best(self, step: int, params_tree: Any, metric: float, *, wait: bool = True) -> bool:
         """Saves the parameters if `metric` is below that of the best so far.
 
         Args:
           step: steps done, >= 0.
           params_tree: nested dicts of arrays.
           metric: lower is better, the same on all processes; NaN is never best.
+          wait: until they are complete on disk.
 
         Returns:
           Whether they are the best now.
+
+        Raises:
+          CheckpointError: as `save`.
         """
         best = self.best_metric()
         if not math.isfinite(metric) or (best is not None and metric >= best):
             return False
-        if best is not None and step in complete_steps(self._best):
+        self._saves.wait(self._best.name)
+        if best is not None and (self._best / str(step) / SEAL_NAME).is_file():
             return False
-        _save(self._best, step, {"params": params_tree}, metric=float(metric), notes={})
-        _prune(self._best, keep=[step])
+        facts = {"metric": float(metric), "notes": {}}
+        self._saves.begin(self._best, step, {"params": params_tree}, lambda _: [step], **facts)
+        self._best_metric = float(metric)
+        if wait:
+            self._saves.wait()
         return True
+
+    def check(self) -> None:
+        """Raises what a save under way has failed of, if it has; for every step.
+
+        Raises:
+          CheckpointError: as `save`.
+        """
+        self._saves.check()
+
+    def wait(self, which: str | None = None) -> None:
+        """Waits until what is under way is complete on disk: "last", "best" or, as None, all.
+
+        Raises:
+          CheckpointError: as `save`.
+        """
+        self._saves.wait(*([which] if which else []))
 
     def restore(self, abstract_state: Any, *, at_most: int | None = None) -> tuple[int, Any] | None:
         """Restores the newest checkpoint whose content is what was saved.
@@ -203,8 +265,10 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the tree is another one than was saved, or every checkpoint is damaged.
+          OSError: the storage does not give them now.
           ValueError: a leaf has no sharding.
         """
+        self._saves.wait()
         steps = complete_steps(self._last)
         if len(set(gathered(steps[-1] if steps else -1))) > 1:
             raise CheckpointError(
@@ -219,21 +283,21 @@ class Checkpoints:
         target_tree = jax.tree.unflatten(jax.tree.structure(abstract_state), targets.values())
 
         def read(step: int) -> Any:
-            seal = together(lambda: read_seal(self._last / str(step)), Damaged)
+            seal = together(lambda: read_seal(self._last / str(step)), Damaged, OSError)
             arrays.check_same_tree(seal["leaves"], targets, self._last / str(step))
             folder = self._last / str(step)
-            tree = together(lambda: arrays.read_tree(folder, target_tree), Damaged)
+            tree = together(lambda: arrays.read_tree(folder, target_tree), Damaged, OSError)
             found = arrays.facts_of(tree)
             together(lambda: arrays.compare(found, seal["leaves"]), Damaged)
             return tree, seal["notes"] if "notes" in seal else {}  # older ones have none
 
-        step, (state, self.notes), damaged = _newest_readable(self._last, read, at_most)
+        step, (state, self.notes), damaged = newest_readable(self._last, read, at_most)
         if jax.process_index() == 0:
             mend_card(self._workdir)
             for bad in damaged:
                 folder = self._last / str(bad)
                 (folder / SEAL_NAME).replace(folder / DAMAGED_NAME)
-        _wait_for_all("eqst damaged checkpoints set aside")
+        wait_for_all("eqst damaged checkpoints set aside")
         return step, state
 
 
@@ -350,7 +414,7 @@ def _load_params(root: epath.Path) -> tuple[int, Any]:
         arrays.compare(arrays.facts_of(tree, wanted), wanted)
         return tree
 
-    step, tree, _ = _newest_readable(root, read)
+    step, tree, _ = newest_readable(root, read)
     return step, tree["params"]
 
 
@@ -369,80 +433,3 @@ def export_weights(
 ) -> None:
     """`load`, then `eqst.card.save_weights`: PATH_STEM.npz and PATH_STEM.json of a run."""
     save_weights(load(workdir, which=which), path_stem, dtype=dtype)
-
-
-def _save(root: epath.Path, step: int, tree: Any, **facts: Any) -> None:
-    if step < 0:
-        raise ValueError(f"step={step}: a step is 0 or more")
-    # A numpy scalar as a leaf would make Orbax raise in a thread and then wait for minutes.
-    tree = jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree
-    )
-    leaves = arrays.facts_of(tree)
-    folder = root / str(step)
-    # Without a seal this is what an interrupted save or a damaged checkpoint left.
-    if jax.process_index() == 0 and folder.exists():
-        folder.rmtree()
-    _wait_for_all(f"eqst may save {root.name} {step}")
-    try:
-        arrays.write_tree(folder, tree)
-        if jax.process_index() == 0:
-            card = None
-            with contextlib.suppress(DamagedCard):  # a lost card is no reason not to save
-                card = find_card(root.parent.parent)
-            write_seal(folder, step=step, leaves=leaves, card=card, **facts)
-    except jax.errors.JaxRuntimeError:  # of another process
-        raise
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            _prune(root, keep=complete_steps(root))
-        raise CheckpointError(
-            f"{folder} cannot be saved ({arrays.reason(error)}): {MAKE_ROOM}; what was saved "
-            "before is whole, and the same command goes on from it"
-        ) from error
-    _wait_for_all(f"eqst saved {root.name} {step}")
-
-
-def _prune(root: epath.Path, *, keep: Iterable[int]) -> None:
-    """Removes everything under `root` but the checkpoints of the steps to keep."""
-    if jax.process_index() != 0:
-        return
-    names = {str(step) for step in keep}
-    for folder in root.iterdir():
-        if folder.name not in names and folder.is_dir():
-            # First what makes it count: half a removed checkpoint is no checkpoint.
-            (folder / SEAL_NAME).unlink(missing_ok=True)
-            folder.rmtree()
-
-
-def _newest_readable(
-    root: epath.Path, read: Callable[[int], Any], at_most: int | None = None
-) -> tuple[int, Any, dict[int, str]]:
-    """(step, tree, damaged) of the newest step that `read` does not find damaged."""
-    every = complete_steps(root)
-    steps = [step for step in every if at_most is None or step <= at_most]
-    damaged: dict[int, str] = {}
-    for step in reversed(steps):
-        try:
-            tree = read(step)
-        except Damaged as error:
-            damaged[step] = str(error)
-            continue
-        if damaged:
-            found = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
-            _log.warning("damaged in %s: step %s; going on from step %d", root, found, step)
-        return step, tree, damaged
-    if complete_steps(root) != every:  # a training that is running has moved on meanwhile
-        return _newest_readable(root, read, at_most)
-    found = ", ".join(f"step {bad}: {why}" for bad, why in damaged.items())
-    raise CheckpointError(
-        f"no checkpoint in {root} can be read ({found}): restore it from a copy, "
-        "or move the folder away to start again"
-    )
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)

@@ -41,8 +41,7 @@ class Data:
     valid_share: float = 0.1
     folds: int = 0
     fold: int = 0
-    # Empty: $XDG_CACHE_HOME/eqst or ~/.cache/eqst.
-    cache_dir: str = ""
+    cache_dir: str = ""  # empty: $XDG_CACHE_HOME/eqst or ~/.cache/eqst
     sample_rate: int = 44100
     # Several lengths are taken in turn, batch by batch.
     segment_seconds: tuple[float, ...] = (3.0,)
@@ -91,8 +90,7 @@ class Features:
     high_hz: float = 20000.0
     scale: str = "db"  # linear | db
     floor_db: float = -80.0
-    # Off feeds the network features as they are (for the paper's claims on its latents).
-    normalise: bool = True
+    normalise: bool = True  # off: features as they are (for the paper's claims on its latents)
     bands_per_octave: int = 8
 
 
@@ -140,6 +138,10 @@ class Train:
     eval_every: int = 500
     eval_pairs: int = 256
     checkpoint_every: int = 500
+    # Of the checkpoints to go on from the newest so many stay (two: one to fall back on), and for
+    # good those of every so many steps (0: none). The best one always stays.
+    keep_newest: int = 2
+    keep_every: int = 0
     devices: int = 0  # 0: all there are
     # So many steps are one compiled call (resident path): less to do for the host, on accelerators.
     # Not for CPUs, whose convolutions are slow inside a loop. SIGTERM waits for the calls handed
@@ -147,8 +149,7 @@ class Train:
     steps_per_call: int = 1
     # Over how many devices the large leaves of parameters and optimiser state are split.
     fsdp: int = 1
-    # Start from the parameters of another workdir (its best checkpoint).
-    init_from: str = ""
+    init_from: str = ""  # another workdir, whose best parameters it starts from
     tensorboard: bool = False
     # So many of the first steps are traced, into WORKDIR/profile.
     profile_steps: int = 0
@@ -195,6 +196,7 @@ POOLED_WINDOW_FACTOR = 4
 
 # Settings that may differ between two runs on one workdir without changing a result.
 FREE_KEYS = (
+    *("train.keep_newest", "train.keep_every"),
     *("train.devices", "train.fsdp", "train.log_every", "train.tensorboard"),
     *("train.profile_steps", "train.steps_per_call", "data.cache_dir", "data.shard_corpus"),
 )
@@ -241,6 +243,8 @@ BOUNDS = {
     "train.ema_decay": (0.0, 0.999999),
     **dict.fromkeys(("train.eval_every", "train.checkpoint_every"), (1, 2**31 - 1)),
     "train.devices": (0, 1_000_000),
+    "train.keep_newest": (2, 1_000_000),
+    "train.keep_every": (0, 2**31 - 1),
     "train.profile_steps": (0, 1000),
     "evaluation.seconds": (0.5, 60.0),
     "evaluation.pairs": (4, 1_000_000),
@@ -347,15 +351,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check(config: Config) -> Config:
-    flat = {
-        f"{group}.{key}" if group else key: value
-        for group, part in [("", vars(config))]
-        + [
-            (name, vars(value))
-            for name, value in vars(config).items()
-            if hasattr(value, "__dict__")
-        ]
-        for key, value in part.items()
+    parts = {name: x for name, x in vars(config).items() if dataclasses.is_dataclass(x)}
+    flat = vars(config) | {
+        f"{group}.{key}": x for group, part in parts.items() for key, x in vars(part).items()
     }
     for key, allowed in CHOICES.items():
         _require(flat[key] in allowed, f"{key} is {flat[key]!r}; choose {' or '.join(allowed)}")
@@ -428,6 +426,9 @@ def _check(config: Config) -> Config:
         data.gate_share == 0.0 or data.rendering == "pooled",
         f"data.gate_share needs data.rendering 'pooled', not {data.rendering!r}",
     )
+    kept, saved = config.train.keep_every, config.train.checkpoint_every
+    said = f"train.keep_every is {kept}; take 0 or a multiple of checkpoint_every ({saved})"
+    _require(kept % saved == 0, said)
     _require(config.loss.parameters + config.loss.response > 0, "both loss weights are 0")
     _check_resident(data, config.train)
     return config

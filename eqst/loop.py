@@ -191,6 +191,8 @@ def run(
         now = time.monotonic()
         spent = spent.plus(now - accounted, ready.devices.size / len(members), waited, count)
         accounted = now
+        for member in members:  # what is being saved may have failed meanwhile
+            member.saved.check()
         if done % config.train.log_every == 0 or last:
             check(step, terms.loss)
             log.write(done)
@@ -200,16 +202,21 @@ def run(
             log.write_errors(done, name, errors)
             for i in log.going:
                 tree = saved_tree(ready.take(state, i), ready.take(normalisation, i))
-                members[i].saved.save_best(done, tree["params"], float(errors[i]))
+                members[i].saved.save_best(done, tree["params"], float(errors[i]), wait=False)
         if done % config.train.checkpoint_every == 0 or last or leaving:
             check(step, terms.loss)
             ok = np.where(np.atleast_1d(finite(state.params)), 0.0, np.nan)
             check(step, ok, "a parameter is not finite")
+            for i in log.going:  # none is ever more than one checkpoint ahead of another
+                members[i].saved.wait("last")
             for i in log.going:
                 records[i].flush()
                 tree = saved_tree(ready.take(state, i), ready.take(normalisation, i))
                 facts = {"unlogged": log.unlogged(i), "spent": spent._asdict()}
-                members[i].saved.save(done, tree, facts)
+                members[i].saved.save(done, tree, facts, wait=False)
+        if last or leaving:
+            for i in log.going:
+                members[i].saved.wait()
         if leaving and not last:
             raise Interrupted(f"{signals.name()}: saved at step {done}; the same command resumes")
     facts = cost.summary(

@@ -176,7 +176,9 @@ def part() -> None:
     JAX would wait minutes for the others to end too, and then abort with a page of C++ frames.
     """
     if jax.distributed.is_initialized():
-        atexit.register(_end)
+        # Before Python waits for its threads, and atexit comes after: Orbax's may wait for a
+        # process that is gone. There is no public name for it.
+        threading._register_atexit(_end)  # type: ignore[attr-defined]
 
 
 def _end() -> None:

@@ -8,10 +8,11 @@ the run's card, for when that is damaged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,10 +21,19 @@ from etils import epath
 
 from eqst import card as cards
 from eqst import processes
-from eqst.card import CARD_NAME, FORMAT_VERSION, DamagedCard, digest, to_json, write_whole
+from eqst.card import (
+    CARD_NAME,
+    FORMAT_VERSION,
+    CheckpointError,
+    DamagedCard,
+    digest,
+    to_json,
+    write_whole,
+)
 
 SEAL_NAME = "eqst.json"
 DAMAGED_NAME = "eqst.damaged.json"
+LATER = "what was saved is as it was, and the same command goes on from it once it can be read"
 
 _log = logging.getLogger("eqst")
 
@@ -47,23 +57,34 @@ def read_seal(folder: epath.Path) -> dict[str, Any]:
 
     Raises:
       Damaged: a file, or the seal itself, is not what it was.
+      OSError: the storage does not give them now.
     """
+    text = _read(folder, SEAL_NAME)
     try:
-        seal = json.loads((folder / SEAL_NAME).read_text())
+        seal = json.loads(text)
         intact = seal["sha256"] == digest(to_json(seal["body"]))
         files = seal["body"]["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # bytes that are no UTF-8 are a ValueError
         raise Damaged(f"{SEAL_NAME} cannot be read: {type(error).__name__}") from error
     if not intact:
         raise Damaged(f"{SEAL_NAME} does not match its own checksum")
     for name, expected in files.items():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read: {type(error).__name__}") from error
-        if digest(content) != expected:
+        if digest(_read(folder, name)) != expected:
             raise Damaged(f"{name} does not match its checksum")
     return seal["body"]
+
+
+def _read(folder: epath.Path, name: str) -> bytes:
+    """A file of a checkpoint; one that is gone, or lies on a bad piece of disk, is damage, and any
+    other reason, such as a bucket's that is away, is none."""
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        lost = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        if lost or error.errno == errno.EIO:
+            raise Damaged(f"{name} cannot be read: {type(error).__name__}") from error
+        reason = error.strerror or " ".join(str(error).split())[:120]
+        raise OSError(f"{folder / name} cannot be read now ({reason}): {LATER}") from None
 
 
 def complete_steps(root: epath.Path) -> list[int]:
@@ -72,6 +93,32 @@ def complete_steps(root: epath.Path) -> list[int]:
         return []
     names = [folder.name for folder in root.iterdir() if folder.name.isdecimal()]
     return sorted(int(name) for name in names if (root / name / SEAL_NAME).is_file())
+
+
+def newest_readable(
+    root: epath.Path, read: Callable[[int], Any], at_most: int | None = None
+) -> tuple[int, Any, dict[int, str]]:
+    """(step, tree, damaged) of the newest step that `read` does not find damaged."""
+    every = complete_steps(root)
+    steps = [step for step in every if at_most is None or step <= at_most]
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        try:
+            tree = read(step)
+        except Damaged as error:
+            damaged[step] = str(error)
+            continue
+        if damaged:
+            found = ", ".join(f"{bad} ({why})" for bad, why in damaged.items())
+            _log.warning("damaged in %s: step %s; going on from step %d", root, found, step)
+        return step, tree, damaged
+    if complete_steps(root) != every:  # a training that is running has moved on meanwhile
+        return newest_readable(root, read, at_most)
+    found = ", ".join(f"step {bad}: {why}" for bad, why in damaged.items())
+    raise CheckpointError(
+        f"no checkpoint in {root} can be read ({found}): restore it from a copy, "
+        "or move the folder away to start again"
+    )
 
 
 def read_card(workdir: str | os.PathLike[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from eqst import (
     pairs,
     predictor,
     processes,
+    saving,
 )
 from eqst.config import Config, ConfigError, as_dict, differing_keys, from_card, validate
 from eqst.learner import (
@@ -95,10 +96,15 @@ def train_together(
         _check_same_run(folder, own)
     with contextlib.ExitStack() as stack, Signals() as signals:
         members = [
-            loop.Member(config, folder, stack.enter_context(checkpoint.Checkpoints(folder)))
+            loop.Member(config, folder, stack.enter_context(_checkpoints(config, folder)))
             for config, folder in zip(configs, folders, strict=True)
         ]
         return _run(members, signals, say)
+
+
+def _checkpoints(config: Config, folder: epath.Path) -> checkpoint.Checkpoints:
+    keep, every = config.train.keep_newest, config.train.keep_every
+    return checkpoint.Checkpoints(folder, keep=keep, keep_every=every)
 
 
 def _check_one_program(plain: list[dict]) -> None:
@@ -298,6 +304,9 @@ def main() -> None:
             raise OSError(
                 f"another process is gone ({str(error)[:120]}): {processes.START_AGAIN}"
             ) from None
+        away = saving.away(error, flags.FLAGS.workdir)
+        if away is not None:
+            raise away from None
         raise
 
 

@@ -78,10 +78,16 @@ upload() {
   timeout 120 gcloud storage cp --quiet "$home/job.log" "$1" >/dev/null 2>&1 || true
 }
 
-# A Spot VM that is taken back says so half a minute before: the command saves and leaves.
+ask() {
+  curl -s --max-time 2 -H 'Metadata-Flavor: Google' "$metadata/$1"
+}
+
+# A Spot VM that is taken back, and any that is stopped for maintenance of its host (a TPU is never
+# moved while it runs), says so half a minute before or more: the command saves and leaves.
 watch_preemption() {
   while sleep 5 && kill -0 "$1" 2>/dev/null; do
-    if [ "$(curl -s --max-time 4 -H 'Metadata-Flavor: Google' "$metadata/preempted")" = TRUE ]; then
+    if [ "$(ask preempted)" = TRUE ] ||
+      [ "$(ask maintenance-event)" = TERMINATE_ON_HOST_MAINTENANCE ]; then
       touch "$home/job.preempted"
       kill -TERM "$1" 2>/dev/null
       return

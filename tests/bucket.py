@@ -19,11 +19,23 @@ from etils.epath import backend, gpath
 
 
 class Bucket:
-    """Calls of `epath` on gs:// addresses, in a folder."""
+    """Calls of `epath` on gs:// addresses, in a folder.
+
+    `fail_at` of an operation that changes something, or of one that reads, is its number; it and
+    all after it raise `error`, as where a bucket is away for a while.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.written: list[str] = []
+        self.error: Exception = OSError("503 Service Unavailable")
+        self.fail_at: dict[str, int] = {}
+        self.count = {"change": 0, "read": 0}
+
+    def _is_there(self, kind: str) -> None:
+        self.count[kind] += 1
+        if kind in self.fail_at and self.count[kind] >= self.fail_at[kind]:
+            raise self.error
 
     def at(self, path: Any) -> str:
         text = os.fspath(path)
@@ -33,26 +45,37 @@ class Bucket:
     def open(self, path, mode):
         if "a" in mode:
             raise OSError(f"{path}: what is in a bucket cannot be appended to")
+        self._is_there("change" if "w" in mode else "read")
         if "w" in mode:
             self.written.append(os.fspath(path))
             Path(self.at(path)).parent.mkdir(parents=True, exist_ok=True)
         return backend.os_backend.open(self.at(path), mode)
 
     def exists(self, path):
+        self._is_there("read")
+        return self._exists(path)
+
+    def _exists(self, path):
         return (
             backend.os_backend.isdir(self.at(path))
-            and self.isdir(path)
+            and self._isdir(path)
             or os.path.isfile(self.at(path))
         )
 
     def isdir(self, path):
+        self._is_there("read")
+        return self._isdir(path)
+
+    def _isdir(self, path):
         return any(files for _, _, files in os.walk(self.at(path)))
 
     def listdir(self, path):
+        self._is_there("read")
         names = backend.os_backend.listdir(self.at(path))
-        return [name for name in names if self.exists(f"{os.fspath(path)}/{name}")]
+        return [name for name in names if self._exists(f"{os.fspath(path)}/{name}")]
 
     def glob(self, path):
+        self._is_there("read")
         found = backend.os_backend.glob(self.at(path))
         return [f"gs://{Path(name).relative_to(self.folder)}" for name in found]
 
@@ -63,23 +86,29 @@ class Bucket:
         """Nothing."""
 
     def rmtree(self, path):
+        self._is_there("change")
         backend.os_backend.rmtree(self.at(path))
 
     def remove(self, path):
+        self._is_there("change")
         backend.os_backend.remove(self.at(path))
 
     def rename(self, path, dst):
-        assert not self.isdir(path), "a bucket renames no folders"
+        self._is_there("change")
+        assert not self._isdir(path), "a bucket renames no folders"
         backend.os_backend.rename(self.at(path), self.at(dst))
 
     def replace(self, path, dst):
-        assert not self.isdir(path), "a bucket renames no folders"
+        self._is_there("change")
+        assert not self._isdir(path), "a bucket renames no folders"
         backend.os_backend.replace(self.at(path), self.at(dst))
 
     def copy(self, path, dst, overwrite):
+        self._is_there("change")
         backend.os_backend.copy(self.at(path), self.at(dst), overwrite)
 
     def stat(self, path):
+        self._is_there("read")
         return backend.os_backend.stat(self.at(path))
 
 
@@ -101,11 +130,14 @@ def arrays_in_npz(put: Callable[[Any, Any, Any], None]) -> None:
 
     from eqst import arrays, card
 
-    def write_tree(folder, tree):
-        buffer = io.BytesIO()
-        np.savez(buffer, **{k: np.asarray(x) for k, x in card.named_leaves(tree).items()})
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "arrays.npz").write_bytes(buffer.getvalue())
+    def begin_write(folder, tree):
+        def finish():
+            buffer = io.BytesIO()
+            np.savez(buffer, **{k: np.asarray(x) for k, x in card.named_leaves(tree).items()})
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "arrays.npz").write_bytes(buffer.getvalue())
+
+        return finish
 
     def read_tree(folder, targets, *, partial=False):
         with np.load(io.BytesIO((folder / "arrays.npz").read_bytes())) as stored:
@@ -115,7 +147,7 @@ def arrays_in_npz(put: Callable[[Any, Any, Any], None]) -> None:
                 found[name] = jax.device_put(found[name], target.sharding)
         return jax.tree.unflatten(jax.tree.structure(targets), found.values())
 
-    put(arrays, "write_tree", write_tree)
+    put(arrays, "begin_write", begin_write)
     put(arrays, "read_tree", read_tree)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The suite is for CPU unless a person says otherwise; child processes inherit these.
@@ -126,6 +128,28 @@ def corpus_of():
         )
 
     return make
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """A function from mount options to a small disk; called again it changes the disk."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def mount(options: str) -> Path:
+        options = f"remount,{options}" if mounted else options
+        words = ["mount", "-t", "tmpfs", "-o", options, "eqst-test", str(folder)]
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs root to mount a small disk")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

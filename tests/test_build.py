@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from etils import epath
-from test_train import POOLED, TINY, silent
+from test_train import POOLED, TINY, command, silent
 
 from eqst import build, chunking, corpus, layouts, lock, shards, train
 from eqst.config import Data
@@ -589,9 +589,9 @@ def test_sizes_and_small_files_are_checked_at_once(copied):
         opened(copied)
 
 
-def read_all(recordings: corpus.Corpus) -> None:
-    for number, length in enumerate(recordings.length_R):
-        recordings.segment(number, 0, int(length))
+def read_all(recordings: corpus.Corpus) -> np.ndarray:
+    lengths = enumerate(recordings.length_R)
+    return np.concatenate([recordings.segment(r, 0, int(length)) for r, length in lengths])
 
 
 def damage(shard: Path, *, zeros: bool = False) -> None:
@@ -611,6 +611,43 @@ def test_a_damaged_shard_is_named_when_it_is_read(copied, zeros):
     with pytest.raises(CorpusError, match=f"{shard.name} is damaged .*copy it again") as caught:
         read_all(opened(copied))
     assert "\n" not in str(caught.value)
+
+
+def test_any_flipped_bit_of_a_shard_is_named_or_changes_nothing(copied):
+    """Some lie in what fills the blocks, and some in what only a repair would look at."""
+    shard, good = shard_of(copied), shard_of(copied).read_bytes()
+    samples_V = read_all(opened(copied))
+    draw = random.Random(3)
+    named = 0
+    for position in (0, len(good) // 2, len(good) - 1, *(draw.sample(range(len(good)), 40))):
+        damaged = bytearray(good)
+        damaged[position] ^= 1 << draw.randrange(8)
+        shard.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(read_all(opened(copied)), samples_V)
+        except CorpusError as error:
+            assert f"{shard.name} is damaged (" in str(error) and "\n" not in str(error)
+            named += 1
+    assert named > 20
+
+
+@pytest.mark.long
+def test_a_flipped_byte_in_a_shard_ends_training_in_one_line_that_names_it(copied, tmp_path):
+    shard, good = shard_of(copied), shard_of(copied).read_bytes()
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    shard.write_bytes(damaged)
+    changes = {
+        "data.sources": f"('tfds:{copied}',)", "data.sample_rate": RATE, "features.window": 512,
+        "data.segment_seconds": (0.6,), "features.hop": 256, "data.min_loudness_lufs": -50.0,
+    }  # fmt: skip
+    words = command(tmp_path / "run", tmp_path / "cache", changes)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-2000:]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"eqst.train: {shard} is damaged (") and "copy it again" in line
+    shard.write_bytes(good)  # copied again
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
 
 
 def test_a_damaged_shard_ends_tf_data_in_one_line(copied, configure):

@@ -347,7 +347,8 @@ def test_a_damaged_best_makes_room(tmp_path: Path) -> None:
     checkpoint.write_card(tmp_path, CARD)
     with Checkpoints(tmp_path) as run:
         run.save_best(3, {"w": jnp.zeros(9)}, 1.0)
-        flip_data(tmp_path / "checkpoints" / "best" / "3")
+    flip_data(tmp_path / "checkpoints" / "best" / "3")
+    with Checkpoints(tmp_path) as run:
         assert run.save_best(3, {"w": jnp.ones(9)}, 2.0)
     np.testing.assert_array_equal(checkpoint.load(tmp_path).params["w"], np.ones(9, np.float32))
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -312,28 +312,6 @@ def test_the_second_of_two_runs_on_a_workdir_is_refused(cache, environment, tmp_
 
 
 # Disks
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """A function from mount options to a small disk; called again it changes the disk."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = []
-
-    def mount(options: str) -> Path:
-        options = f"remount,{options}" if mounted else options
-        words = ["mount", "-t", "tmpfs", "-o", options, "eqst-test", str(folder)]
-        try:
-            subprocess.run(words, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("needs root to mount a small disk")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.long

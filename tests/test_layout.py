@@ -27,6 +27,7 @@ ORDER = (
         "seal",
         "lock",
         "arrays",
+        "saving",
     ),
     "checkpoint",
     # the equaliser and its responses

@@ -44,6 +44,14 @@ case "$1 $2" in
 esac
 exec {python} "$@"
 """
+# A host's metadata server: whether a Spot VM is taken back, and whether its host is maintained.
+CURL = """#!/bin/bash
+case "${@: -1}" in
+  */instance/preempted) [ -f "$HOME/preempted" ] && echo TRUE || echo FALSE ;;
+  */instance/maintenance-event) cat "$HOME/maintenance-event" 2>/dev/null || echo NONE ;;
+  *) exit 22 ;;
+esac
+"""
 MEMBER = """
 import os, shutil, signal, sys, time
 from pathlib import Path
@@ -93,7 +101,7 @@ class Place:
         for name, text in (
             ("gcloud", GCLOUD.format(**facts)),
             ("python3", PYTHON.format(**facts)),
-            ("curl", '#!/bin/bash\n[ -f "$HOME/taken" ] && echo TRUE || echo FALSE\n'),
+            ("curl", CURL),
             ("sudo", "#!/bin/bash\ncat >/dev/null\n"),
             ("hostname", '#!/bin/bash\necho "${EQST_FAKE_HOST:-here}"\n'),
         ):
@@ -233,11 +241,14 @@ def test_a_host_stops_what_runs_and_sees_what_was_killed(host: Host) -> None:
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
-def test_a_host_that_is_taken_back_has_its_run_save(host: Host) -> None:
+@pytest.mark.parametrize(
+    "file, content", [("preempted", ""), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE\n")]
+)
+def test_a_host_that_is_taken_back_has_its_run_save(file: str, content: str, host: Host) -> None:
     (host.home / "eqst-sweep" / "clone").mkdir(parents=True)
     trap = 'trap "exit 1" TERM; for i in {1..400}; do sleep 0.05; done'
     host.say(f"bash tpu_host.sh start k.1 gs://b/1.txt bash -c '{trap}'")
-    (host.home / "taken").touch()
+    (host.home / file).write_text(content)
     host.wait_for("bare: ended:k.1:75")  # whatever it says of it itself
 
 
