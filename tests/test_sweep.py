@@ -93,6 +93,16 @@ def test_the_ablation_expands_with_and_without_recordings(repo: Path) -> None:
     assert all(m.config.data.permissive_only for m in first)
 
 
+def test_two_runs_of_one_folder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "same.py"
+    path.write_text(
+        CONFIG + "\ndef sweep(argument=''):\n"
+        "    yield 'a b', 'c', 0, {}\n    yield 'a_b', 'c', 0, {'model.hidden': 16}\n"
+    )
+    with pytest.raises(config.ConfigError, match="a b/c and a_b/c of seed 0 .* a_b/c/0: rename"):
+        members_of(path)
+
+
 def test_wrong_changes_are_one_line(repo: Path, tmp_path: Path, config_file: Path) -> None:
     wrong = tmp_path / "wrong.py"
     wrong.write_text(

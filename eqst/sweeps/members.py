@@ -49,7 +49,8 @@ def expand(path: str, base: Any) -> list[Member]:
       base: the ConfigDict of get_config(), with --config.key=value applied.
 
     Raises:
-      ConfigError: no sweep() there, or it changes what is no setting.
+      ConfigError: no sweep() there, it changes what is no setting, or two runs of other settings
+        would have one folder.
     """
     file, colon, argument = path.partition(":")
     module = runpy.run_path(file)
@@ -75,6 +76,15 @@ def expand(path: str, base: Any) -> list[Member]:
             members[key] = known._replace(places=(*known.places, place))
         else:
             members[key] = Member(name, made, (place,))
+    by_name: dict[str, Member] = {}
+    for member in members.values():
+        other = by_name.setdefault(member.name, member)
+        if other is not member:
+            first, second = other.places[0], member.places[0]
+            raise config.ConfigError(
+                f"sweep: {first.factor}/{first.level} and {second.factor}/{second.level} of seed "
+                f"{second.seed} are other settings of one folder, {member.name}: rename one"
+            )
     return list(members.values())
 
 
