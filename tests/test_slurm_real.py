@@ -87,7 +87,8 @@ def test_kill_9_and_a_failure_in_a_sweep(
         cwd=repo, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as sweep:  # fmt: skip
         folder = work / "length/long/0"
-        wait_for(folder / "log.txt", r"^step 15/60")
+        # Saved every 10 steps while the loop goes on; the save at 20 waits for that at 10.
+        wait_for(folder / "log.txt", r"^step 25/60")
         os.kill(json.loads((folder / "turn.json").read_text())["process"], signal.SIGKILL)
         stdout, stderr = sweep.communicate(timeout=1800)
     assert sweep.returncode == 1, stdout + stderr
