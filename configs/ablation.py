@@ -11,7 +11,7 @@ so that the validation errors of the five seeds are one cross-validation.
 The variants have five seeds, the other levels one (LEVEL_SEEDS: raise it where there is more to
 compute with). A run is 128,000 pairs, of one three times that: 100 seconds where fifteen share an
 H100, 14 to 22 minutes of two CPU cores. All 54 are ten minutes of the former, or 13 to 20 hours of
-the latter. Those in colab/results/ablation.json took 15 minutes of an H100 for 36 of them and
+the latter. Those in colab/results/ablation.json took nine minutes of an H100 for 36 of them and
 about four hours of two cores for the rest.
 """
 

@@ -63,7 +63,8 @@ train() {
 }
 
 evaluate() {
-  run -m eqst.evaluate --workdir="$workdir" --output="$results" --overwrite
+  # With recordings: on those of them that training held out, and not on synthetic talkers too.
+  run -m eqst.evaluate --workdir="$workdir" --output="$results" --overwrite ${data:+"--data=$data"}
 }
 
 match() {
