@@ -18,6 +18,7 @@ COMPILED = tempfile.mkdtemp(prefix="eqst-tests-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import bucket as buckets  # noqa: E402 (tests/bucket.py)
 import jax  # noqa: E402 (the lines above come first on purpose)
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that shardings mean something
@@ -150,6 +151,19 @@ def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
     yield mount
     if mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> buckets.Bucket:
+    """A bucket that is a folder, in place of what gs:// leads to."""
+
+    def put(owner, name, value):
+        by_item = isinstance(owner, dict)
+        (monkeypatch.setitem if by_item else monkeypatch.setattr)(owner, name, value)
+
+    made = buckets.install(tmp_path / "cloud", put)
+    buckets.arrays_in_npz(put)
+    return made
 
 
 @pytest.fixture(scope="module")

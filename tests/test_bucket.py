@@ -18,17 +18,6 @@ from eqst.sweeps import bucket as bucket_checks
 from eqst.sweeps import members, outcomes, single
 
 
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch) -> buckets.Bucket:
-    def put(owner, name, value):
-        by_item = isinstance(owner, dict)
-        (monkeypatch.setitem if by_item else monkeypatch.setattr)(owner, name, value)
-
-    made = buckets.install(tmp_path / "cloud", put)
-    buckets.arrays_in_npz(put)
-    return made
-
-
 def test_the_bucket_is_one(bucket: buckets.Bucket) -> None:
     path = epath.Path("gs://b/folder/file")
     path.write_text("1")

@@ -8,14 +8,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_processes import ends, settings_of, started, train_words
+from test_processes import (
+    SAME_CURVE,
+    assert_same_curve,
+    ends,
+    settings_of,
+    started,
+    train_words,
+)
 from test_replicas import MEMBERS, assert_same_run
 from test_train import POOLED, TINY, silent
 
 from eqst import checkpoint, config, cost, loop, mesh, objective, recipes, train
 
 STEPS = 50
-SAME_CURVE = 1e-5
 LONGER = {
     "train.steps": STEPS,
     "train.log_every": 10,
@@ -53,18 +59,6 @@ def curve(monkeypatch):
     return found
 
 
-def assert_same_record(one: Path, other: Path) -> None:
-    """Every figure of the records but the times."""
-    rows = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one, other)
-    ]
-    for left, right in zip(*rows, strict=True):
-        assert left.keys() == right.keys() and left["step"] == right["step"]
-        for name in left.keys() - {"pairs_per_s", "input_wait"}:
-            np.testing.assert_allclose(right[name], left[name], rtol=SAME_CURVE, err_msg=name)
-
-
 def stop_at(start: str):
     """What sends SIGTERM to this process at a line that starts so."""
 
@@ -88,7 +82,7 @@ def test_the_loss_curve_is_that_of_single_steps(lengths, cache, curve, tmp_path)
     lines: list[str] = []
     train.train(several, tmp_path / "several", lines.append)
     np.testing.assert_allclose(curve, wanted, rtol=SAME_CURVE)
-    assert_same_record(tmp_path / "single", tmp_path / "several")
+    assert_same_curve(tmp_path / "single", tmp_path / "several")
     assert sum(line.startswith("a step, on a device: ") for line in lines) == 1
     facts = json.loads((tmp_path / "several" / "summary.json").read_text())
     assert facts["steps"] == STEPS
@@ -110,7 +104,7 @@ def test_the_loss_curve_is_that_of_single_steps(lengths, cache, curve, tmp_path)
     assert stopped == len(curve) and stopped in (30, 40)
     train.train(single, mixed, silent)
     np.testing.assert_allclose(curve, wanted, rtol=SAME_CURVE)
-    assert_same_record(tmp_path / "single", mixed)
+    assert_same_curve(tmp_path / "single", mixed)
 
 
 @pytest.mark.long
@@ -123,7 +117,7 @@ def test_on_several_devices_with_a_shared_corpus_and_a_split_state(cache, curve,
     made = settings(cache, wide, on_four, {"train.steps_per_call": 5})
     state = train.train(made, tmp_path / "four", silent)
     np.testing.assert_allclose(curve, wanted, rtol=SAME_CURVE)
-    assert_same_record(tmp_path / "one", tmp_path / "four")
+    assert_same_curve(tmp_path / "one", tmp_path / "four")
     rules = mesh.Shardings.of(mesh.make_mesh(4, fsdp=2))
     for leaf, place in zip(*(jax.tree.leaves(x) for x in (state, rules.state(state))), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -160,7 +154,7 @@ def test_in_two_processes(cache, tmp_path):
         results = ends(children)
     assert [code for code, _, _ in results] == [0, 0], results
     assert "2 cpu device(s)" in results[0][1]
-    assert_same_record(tmp_path / "one", tmp_path / "two")
+    assert_same_curve(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.long

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bucket as buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,17 +203,6 @@ def test_policies_that_would_not_hold_are_refused(changes, said, configure):
 
 
 # A bucket that fails
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch) -> buckets.Bucket:
-    def put(owner, name, value):
-        by_item = isinstance(owner, dict)
-        (monkeypatch.setitem if by_item else monkeypatch.setattr)(owner, name, value)
-
-    made = buckets.install(tmp_path / "cloud", put)
-    buckets.arrays_in_npz(put)
-    return made
 
 
 def assert_intact(workdir: Path) -> None:
