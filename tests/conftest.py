@@ -48,6 +48,11 @@ SLOWEST_FIRST = (
     "test_benchmark",
     "test_evaluate",
     "test_bayes",
+    "test_storage",
+    "test_replicas",
+    "test_shared_corpus",
+    "test_calls",
+    "test_speed",
 )
 
 
