@@ -100,9 +100,10 @@ def test_members_may_hold_out_folds_of_their_own(devices, cache, tmp_path):
 
 def test_folds_draw_the_same_examples_from_one_corpus_as_from_their_own(cache):
     """Bitwise, and no talker that a fold holds out is ever drawn."""
-    configs = [settings(cache, MEL, {"data.folds": 4, "data.fold": i}) for i in range(4)]
+    folds = [{"data.folds": 4, "data.fold": i, "train.batch_size": 32} for i in range(4)]
+    configs = [settings(cache, MEL, own) for own in folds]
     whole, weight_NR = corpus.open_folds([x.data for x in configs], silent)
-    devices, numbers = mesh.make_mesh(1), np.arange(64)
+    devices, step = mesh.make_mesh(1), np.int32(3)
     supply = batches.make_source(configs[0], whole, devices, silent)
     for own, weight_R in zip(configs, weight_NR, strict=True):
         recordings = corpus.open_corpus(own.data, "train", silent)
@@ -110,7 +111,7 @@ def test_folds_draw_the_same_examples_from_one_corpus_as_from_their_own(cache):
         assert drawn == set(recordings.talker_R) < set(whole.talker_R)
         alone = batches.make_source(own, recordings, devices, silent)
         shared = batches.of_member(supply, own.seed, weight_R)
-        seen = [jax.jit(x.see, static_argnums=2)(numbers, x.constants, 0) for x in (alone, shared)]
+        seen = [jax.jit(x.see, static_argnums=2)(step, x.constants, 0) for x in (alone, shared)]
         jax.tree.map(np.testing.assert_array_equal, *seen)
 
 

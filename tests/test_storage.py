@@ -238,7 +238,9 @@ def test_a_bucket_that_fails_at_any_moment_loses_nothing(bucket, configure, tmp_
             assert lines[0] in (f"resumed at step {before[-1]} of 6", f"finished: {address}")
             resumed += 1
         assert figures(folder) == figures(bucket.folder / "b/whole"), (kind, number)
-        assert sealed(folder) == sealed(bucket.folder / "b/whole"), (kind, number)
+        # Where it failed while an old checkpoint was removed, that one is still there.
+        wanted, found = sealed(bucket.folder / "b/whole"), sealed(folder)
+        assert {name: found[name] for name in wanted} == wanted, (kind, number)
     assert resumed > len(cases) // 2
 
 
