@@ -12,7 +12,7 @@ from eqst.timing import Size, in_turns, process, target, timings
 
 TINY = Size(
     rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60,
-    devices=2, members=2,
+    devices=2, members=2, device_batches=(2, 4), device_steps=2, compile_threads=2,
 )  # fmt: skip
 
 
@@ -50,15 +50,16 @@ def test_a_process_that_fails_is_said():
         process([sys.executable, "-c", "import no_such_module"], {})
 
 
-def test_device_steps_are_timed_with_their_features_and_their_cost(tmp_path):
-    size = TINY._replace(device_batches=(2, 4), device_steps=2, compile_threads=2)
-    made = throughput.device_steps(size, lambda _: None)
+@pytest.mark.long
+def test_device_steps_are_timed_with_their_features_and_their_cost():
+    made = throughput.device_steps(TINY, lambda _: None)
     names = [row["what"] for row in made.rows]
     assert "db_mel_pm, batch 4" in names and "pooled, 8 members of batch 2" in names
     for row in made.rows:
         assert row["milliseconds"] > row["features_milliseconds"] > 0
         assert np.isfinite([row["loss_first"], row["loss_last"]]).all()
     assert made.targets == []  # of large batches
+    assert speed.table({"device_steps": made}).startswith("device_steps: ")
 
 
 @pytest.mark.long
@@ -77,7 +78,9 @@ def test_responses_are_written_as_json_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [x for x in speed.SECTIONS if x not in ("responses", "replicas")])
+@pytest.mark.parametrize(
+    "name", [x for x in speed.SECTIONS if x not in ("responses", "replicas", "device_steps")]
+)
 def test_every_section_runs(name, tmp_path):
     found = speed.SECTIONS[name](TINY, lambda _: None)
     charts.speed({"sections": {name: found._asdict()}}, tmp_path / "picture.png")
