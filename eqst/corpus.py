@@ -73,8 +73,9 @@ def open_folds(
     corpus = open_corpus(dataclasses.replace(folds[0], folds=0, valid_share=0.0), "train", progress)
     place = {where: i for i, where in enumerate(zip(corpus.store_R, corpus.start_R, strict=True))}
     weight_NR = np.zeros((len(folds), len(place)), corpus.weight_R.dtype)
+    opened = {data: open_corpus(data, "train", lambda _: None) for data in set(folds)}
     for weight_R, data in zip(weight_NR, folds, strict=True):
-        own = open_corpus(data, "train", lambda _: None)
+        own = opened[data]
         for where, weight in zip(
             zip(own.store_R, own.start_R, strict=True), own.weight_R, strict=True
         ):

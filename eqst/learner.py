@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eqst import batches, objective, predictor
+from eqst import batches, mesh, objective, predictor
 from eqst.config import Config
 
 
@@ -204,6 +204,11 @@ def all_finite(params: predictor.Params) -> jax.Array:
     """[] whether every number of a tree is finite."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
     return jnp.all(jnp.stack(leaves))
+
+
+def apart(config: Config, devices: jax.sharding.Mesh) -> bool:
+    """Whether members are better off one by one: convolutional ones that share their devices."""
+    return config.features.kind == "mel" and mesh.groups(devices) == 1
 
 
 def over_members(function: Callable, *, apart: bool) -> Callable:

@@ -75,8 +75,7 @@ def run(
     start_step = step_of(state)
     knobs = mesh.placed(ready.rules.own, learner.stacked_knobs([x.config for x in members]))
 
-    # Where members share their devices, the convolutional ones are better off one by one.
-    apart = config.features.kind == "mel" and mesh.groups(ready.devices) == 1
+    apart = learner.apart(config, ready.devices)
     several = functools.partial(learner.over_members, apart=apart)
 
     # That some process was told to stop comes out of the step as its loss does: the same for all.

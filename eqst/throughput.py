@@ -115,7 +115,7 @@ def _compiled(
             lambda x: jnp.stack([x] * case.members), (state, normalisation)
         )
         own = learner.stacked_knobs([made] * case.members)
-        step = learner.over_members(step, apart=made.features.kind == "mel")
+        step = learner.over_members(step, apart=learner.apart(made, mesh.make_mesh(1)))
 
     def see(number: jax.Array, constants: Any) -> batches.Seen:
         return source.see(number, constants, 0)
