@@ -44,8 +44,8 @@ from eqst.card import (
 )
 from eqst.config import Config, from_card
 from eqst.lock import LOCK_NAME, hold
-from eqst.processes import gathered, together
-from eqst.saving import Background, wait_for_all
+from eqst.processes import gathered, together, wait_for_all
+from eqst.saving import Background
 from eqst.seal import (
     DAMAGED_NAME,
     SEAL_NAME,

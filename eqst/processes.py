@@ -8,6 +8,7 @@ multi-controller runtime is the engine; nothing here talks to another process bu
 from __future__ import annotations
 
 import atexit
+import contextlib
 import glob
 import importlib.util
 import itertools
@@ -16,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -29,9 +30,12 @@ START_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 1800, 55, 30
 # Our own look at whether all are there is quicker than JAX's heartbeat, and ends in a line.
 LOOK_SECONDS, LOST_SECONDS = 3.0, 30.0
 DONE = "done"  # what a process that has come to its end says in place of a count
-# Process 0 takes the others with it, so when it fails it gives them time to say why they do.
-LAST_WORDS_SECONDS = 2.0
+# Process 0 takes the others with it, by an abort; when it fails it first lets them end in a line.
+LAST_WORDS_SECONDS = 3 * LOOK_SECONDS
+GONE, FAILED = "is gone", "has failed and says why"
 START_AGAIN = "start all of them again, they go on from the last checkpoint"
+
+_parting = threading.Event()  # this process has an error of its own to tell
 
 Result = TypeVar("Result")
 
@@ -138,15 +142,12 @@ def _watch(ends: threading.Event) -> None:
     process 0, which alone reads the counts, so that a pod of a thousand hosts costs it a thousand
     small requests each time; the others read whom it misses.
     """
-    from jax._src import distributed  # there is no public name for it
-
-    client, me = distributed.global_state.client, jax.process_index()
-    assert client is not None
+    client, me = _client(), jax.process_index()
     heard = dict.fromkeys(map(str, range(jax.process_count())), ("", time.monotonic()))
     for count in itertools.count():
         word = DONE if ends.wait(LOOK_SECONDS) else str(count)
         try:
-            client.key_value_set(f"eqst/alive/{me}", word, allow_overwrite=True)
+            _say(word)
             if word == DONE:
                 return
             if me == 0:
@@ -157,36 +158,58 @@ def _watch(ends: threading.Event) -> None:
                     elif heard[name][0] != value:
                         heard[name] = (value, time.monotonic())
                 late = time.monotonic() - LOST_SECONDS
-                lost = [name for name, (_, when) in heard.items() if when < late]
-                for name in lost:
-                    client.key_value_set(f"eqst/lost/{name}", "")
-            else:
-                lost = [key.rpartition("/")[2] for key, _ in client.key_value_dir_get("eqst/lost/")]
+                for name in [name for name, (_, when) in heard.items() if when < late]:
+                    client.key_value_set(f"eqst/lost/{name}", GONE, allow_overwrite=True)
+            lost = client.key_value_dir_get("eqst/lost/")
         except Exception:  # the service has ended, or ends: JAX says so
             return
-        if lost:
-            os.write(2, f"process {lost[0]} is gone: {START_AGAIN}\n".encode())
-            time.sleep(2 * LOOK_SECONDS if me == 0 else 0.0)  # the others read it from process 0
-            os._exit(1)
+        # Of two that fail alike each has a moment to say so itself.
+        if lost and not _parting.wait(LOOK_SECONDS / 3):
+            key, how = lost[0]
+            os.write(2, f"process {key.rpartition('/')[2]} {how}: {START_AGAIN}\n".encode())
+            _leave()
 
 
 def part() -> None:
-    """Lets this process end by itself, for one that has failed.
+    """Lets this process end by itself, for one that has failed, and tells the others that it does.
 
     JAX would wait minutes for the others to end too, and then abort with a page of C++ frames.
     """
     if jax.distributed.is_initialized():
+        _parting.set()
+        with contextlib.suppress(Exception):  # the service may be what is gone
+            _client().key_value_set(f"eqst/lost/{jax.process_index()}", FAILED)
         # Before Python waits for its threads, and atexit comes after: Orbax's may wait for a
         # process that is gone. There is no public name for it.
-        threading._register_atexit(_end)  # type: ignore[attr-defined]
+        threading._register_atexit(_leave)  # type: ignore[attr-defined]
 
 
-def _end() -> None:
+def _leave() -> None:
+    """Ends this process at once; process 0 when the others have ended, or after a while."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
-        time.sleep(LAST_WORDS_SECONDS)
+    with contextlib.suppress(Exception):
+        _say(DONE)
+        late = time.monotonic() + LAST_WORDS_SECONDS
+        while jax.process_index() == 0 and time.monotonic() < late:
+            words = [word for _, word in _client().key_value_dir_get("eqst/alive/")]
+            if words.count(DONE) == jax.process_count():
+                break
+            time.sleep(0.1)
     os._exit(1)
+
+
+def _say(word: str) -> None:
+    """Tells process 0 how far this one has counted, or that it is done."""
+    _client().key_value_set(f"eqst/alive/{jax.process_index()}", word, allow_overwrite=True)
+
+
+def _client() -> Any:
+    """Of the coordination service in process 0."""
+    from jax._src import distributed  # there is no public name for it
+
+    assert distributed.global_state.client is not None
+    return distributed.global_state.client
 
 
 def of_first(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -225,15 +248,34 @@ def gathered(number: int) -> np.ndarray:
     """[processes] int32: every process's number, in their order."""
     if jax.process_count() == 1:
         return np.array([number], np.int32)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(np.int32(number)))
+    return _gather(np.int32(number))
 
 
 def on_host(array: jax.Array) -> np.ndarray:
     """The whole of an array that may be split over processes."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
+    return np.asarray(array) if array.is_fully_addressable else _gather(array, tiled=True)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come here; `what` is the same on all, and said of no other."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        with _as_jax_says():
+            multihost_utils.sync_global_devices(what)
+
+
+def _gather(value: Any, *, tiled: bool = False) -> np.ndarray:
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    with _as_jax_says():
+        return np.asarray(multihost_utils.process_allgather(value, tiled=tiled))
+
+
+@contextlib.contextmanager
+def _as_jax_says() -> Iterator[None]:
+    """That a process is gone is told alike on a CPU, where gloo raises a ValueError of its own."""
+    try:
+        yield
+    except ValueError as error:
+        raise jax.errors.JaxRuntimeError(str(error)) from None

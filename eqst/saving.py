@@ -21,7 +21,7 @@ from etils import epath
 
 from eqst import arrays
 from eqst.card import MAKE_ROOM, CheckpointError, DamagedCard
-from eqst.processes import gathered
+from eqst.processes import gathered, wait_for_all
 from eqst.seal import LATER, SEAL_NAME, complete_steps, find_card, write_seal
 
 LOOK_SECONDS, LEAVE_SECONDS = 0.05, 10.0
@@ -130,10 +130,7 @@ def _agree(job: Future) -> None:
     for one that is gone."""
     while jax.process_count() > 1:
         failed = job.done() and job.exception() is not None
-        try:
-            found = gathered(2 if failed else int(job.done()))
-        except ValueError as error:  # gloo's, of a process that is gone
-            raise jax.errors.JaxRuntimeError(str(error)) from None
+        found = gathered(2 if failed else int(job.done()))
         if (found == 2).any() and not failed:
             raise CheckpointError(f"process {found.argmax()} cannot save and says why")
         if failed or found.all():
@@ -206,11 +203,3 @@ def away(error: BaseException, workdir: str) -> OSError | None:
         return None
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return OSError(f"{workdir} cannot be used now ({said}): {LATER}")
-
-
-def wait_for_all(what: str) -> None:
-    """Returns once every process has come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)

@@ -1,12 +1,12 @@
 """Full training steps from the resident corpus, for `eqst.speed`: pairs per second by batch size.
 
-Meant for an accelerator: all programs are compiled at the same time, then each has the device for
-itself. What a step costs is the compiler's count, as in a run's summary.
+Meant for an accelerator. One program after the other is compiled and timed: what tunes kernels
+while they are compiled wants the device for itself too, and each has told its figures before the
+next begins. What a step costs is the compiler's count, as in a run's summary.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import time
 from typing import Any, NamedTuple
@@ -62,20 +62,18 @@ def device_steps(size: Size, say: Say) -> Section:
     base = config.validate(raw)
     recordings = corpus.open_corpus(base.data, "train", say)
     devices = mesh.make_mesh(1)
-    waiting: list[tuple[_Case, concurrent.futures.Future]] = []
-    with concurrent.futures.ThreadPoolExecutor(size.compile_threads) as pool:
-        for case in _cases(size):
-            settings = raw.copy_and_resolve_references()
-            settings.update_from_flattened_dict(case.changes | {"train.batch_size": case.batch})
-            made = config.validate(settings)
-            source = batches.make_source(made, recordings, devices, lambda _: None)
-            job = pool.submit(_compiled, made, source, case, recordings.weight_R)
-            waiting.append((case, job))
-        say(f"{len(waiting)} programs are being compiled, {size.compile_threads} at a time")
     rows = []
-    for case, job in waiting:
-        rows.append(_timed(case, *job.result(), size))
-        say(f"{case.what}: {rows[-1]['pairs_per_s']:,.0f} pairs/s")
+    for case in _cases(size):
+        settings = raw.copy_and_resolve_references()
+        settings.update_from_flattened_dict(case.changes | {"train.batch_size": case.batch})
+        made = config.validate(settings)
+        source = batches.make_source(made, recordings, devices, lambda _: None)
+        began = time.perf_counter()
+        programs = _compiled(made, source, case, recordings.weight_R)
+        compiling = time.perf_counter() - began
+        rows.append(_timed(case, *programs, size) | {"compile_s": compiling})
+        said = f"{rows[-1]['pairs_per_s']:,.0f} pairs/s, {rows[-1]['milliseconds']:.1f} ms a step"
+        say(f"{case.what}: {said}, compiled in {compiling:.0f} s")
     large = [
         row for row in rows if row["batch"] >= LARGE and row["what"].startswith("db_mel_pm, b")
     ]

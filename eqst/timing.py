@@ -32,7 +32,6 @@ class Size(NamedTuple):
     device_batches: tuple[int, ...] = (64, 1024, 4096)
     device_steps: int = 300
     device_seconds: float = 3.0
-    compile_threads: int = 4
 
 
 FULL = Size()

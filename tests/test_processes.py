@@ -157,10 +157,11 @@ def test_two_processes_train_as_one_does(changes, cache, tmp_path):
 @pytest.mark.long
 def test_stopped_in_two_it_ends_in_one_and_the_other_way_round(cache, tmp_path):
     whole, down, up = (tmp_path / name for name in ("whole", "down", "up"))
-    made = settings_of(cache, POOLED)
+    wide = POOLED | {"model.hidden": 64}
+    made, split = settings_of(cache, wide), wide | {"train.fsdp": 2}  # as two, each has half
     train.train(made, whole, silent)
 
-    with started(train_words(down, cache, POOLED), cache) as processes:
+    with started(train_words(down, cache, split), cache) as processes:
         wait_for_line(processes[0], "step 24/")
         processes[1].send_signal(signal.SIGTERM)  # to one of them alone
         results = ends(processes)
@@ -181,10 +182,10 @@ def test_stopped_in_two_it_ends_in_one_and_the_other_way_round(cache, tmp_path):
 
     with pytest.raises(train.Interrupted):
         train.train(made, up, stop_at_24)
-    with started(train_words(up, cache, POOLED), cache) as processes:
+    with started(train_words(up, cache, split), cache) as processes:
         results = ends(processes)
     assert [code for code, _, _ in results] == [0, 0], results
-    assert "resumed at step 2" in results[0][1]
+    assert HELD.search(results[0][1]) and "resumed at step 2" in results[0][1]
     assert_same_curve(whole, up)
 
     # One of two dies: the other does not wait for it, and says what to do.
@@ -343,14 +344,37 @@ def test_a_lost_process_is_missed_and_named_in_one_line(how, cache):
         assert 4.0 < time.monotonic() - before < 30.0
 
 
+FAILS = IDLE.replace(
+    "time.sleep(300)",
+    """
+import jax
+if jax.process_index() == int(sys.argv[1]):
+    time.sleep(2)
+    processes.part()
+    sys.exit("mine")
+time.sleep(300)""",
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who", [0, 2])
+def test_one_that_fails_says_why_and_the_others_that_it_has(who, cache):
+    with started([sys.executable, "-c", FAILS, str(who)], cache, count=3) as children:
+        results = ends(children)
+    for number, (code, _, err) in enumerate(results):
+        said = "mine" if number == who else f"process {who} has failed and says why: "
+        assert code == 1 and err.startswith(said) and len(err.splitlines()) == 1, results
+
+
 @pytest.mark.long
 def test_without_process_0_all_end(cache):
     with started([sys.executable, "-c", IDLE], cache) as children:
         for child in children:
             wait_for_line(child, "joined")
         children[0].kill()
-        children[1].communicate(timeout=60)
+        _, err = children[1].communicate(timeout=60)
         assert children[1].returncode not in (0, None)
+        assert "JAX distributed service detected fatal errors" in err
 
 
 STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}

@@ -12,7 +12,7 @@ from eqst.timing import Size, in_turns, process, target, timings
 
 TINY = Size(
     rounds=2, equalisers=2, batch=2, talkers=2, steps=3, file_seconds=11.0, hour_seconds=60,
-    devices=2, members=2, device_batches=(2, 4), device_steps=2, compile_threads=2,
+    devices=2, members=2, device_batches=(2, 4), device_steps=2,
 )  # fmt: skip
 
 

@@ -384,3 +384,23 @@ def test_sigterm_to_one_of_two_stops_both_and_ends_bitwise_equal(whole, cache, t
             assert err == f"{name}: saved at step {saved}; the same command resumes\n"
     assert f"resumed at step {saved} of 200" in finish_two(workdir, cache)
     assert_same_run(whole, workdir)
+
+
+@pytest.mark.long
+def test_two_on_a_full_disk_end_in_a_line_each_and_go_on_when_there_is_room(whole, cache, disk):
+    kept = sum(
+        -(-path.stat().st_size // 4096) * 4  # KiB, in pages
+        for path in (whole / "checkpoints" / "last").rglob("*")
+    )
+    folder = disk(f"size={kept + 100}k")
+    with started(train_words(folder / "run", cache, TWO), cache) as processes:
+        results = ends(processes)
+    assert all(code == 1 and len(err.splitlines()) == 1 for code, _, err in results), results
+    errors = [err for _, _, err in results]
+    assert any("(No space left on device): make room there" in err for err in errors), errors
+    assert_intact(folder / "run")
+    saved = steps_in(folder / "run")[-1]
+    assert saved % 3 == 0
+    disk("size=20m")
+    assert f"resumed at step {saved} of 200" in finish_two(folder / "run", cache)
+    assert_same_run(whole, folder / "run")
