@@ -15,7 +15,7 @@ the same random numbers: pairs do not influence each other, and one pair's answe
 which others are in its batch.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -125,6 +125,7 @@ def reduce_noise(noise: Noise, *, bands: int, temperature: float = 1.0) -> Likel
     )
 
 
+@lru_cache(maxsize=8)  # tuning asks for it again and again
 def curve_basis(table: eq.EqTable, sample_rate: float, coefficients: int = 8) -> np.ndarray:
     """Leading principal directions [C, F] of level-free prior curves on `eq.curve_grid_hz`."""
     settings = eq.sample(table, jax.random.key(0), (2048,))
@@ -330,6 +331,17 @@ def _pool(runs: list[tuple[_Sums, np.ndarray]]) -> Posterior:
     )
 
 
+@lru_cache(maxsize=4)
+def _bank(
+    table: eq.EqTable, seed: int, freq_hz_M: tuple[float, ...], sample_rate: float
+) -> tuple[jax.Array, jax.Array]:
+    """Prior draws in the unit cube [BANK, K, P], and their curves in dB [BANK, M]."""
+    key = jax.random.split(jax.random.key(seed))[0]
+    unit = jax.random.uniform(key, (BANK, len(table.bands), 3))
+    bands_hz = jnp.asarray(freq_hz_M, jnp.float32)
+    return unit, response(eq.from_unit(table, unit), bands_hz, sample_rate)
+
+
 def sample_posterior(
     likelihood: Likelihood,
     difference_nD: np.ndarray,
@@ -356,13 +368,10 @@ def sample_posterior(
     # row by row, in one order, so that a pair's numbers do not depend on its neighbours'
     residual_nD = np.asarray(difference_nD, float) - likelihood.mean_D
     y_nR = np.einsum("nd,rd->nr", residual_nD, likelihood.data_RD, optimize=False)
-    key = jax.random.key(seed)
-    bank_key, run_key = jax.random.split(key)
-    bands, parameters = len(table.bands), 3
-    bank_unit = jax.random.uniform(bank_key, (BANK, bands, parameters))
+    run_key = jax.random.split(jax.random.key(seed))[1]
+    bank_unit, bank_curve_BM = _bank(table, seed, tuple(np.asarray(bands_hz).tolist()), sample_rate)
     model_RM = jnp.asarray(likelihood.model_RM, jnp.float32)
-    bank_curve = response(eq.from_unit(table, bank_unit), bands_hz, sample_rate)
-    bank_model_BR = jnp.matmul(bank_curve, model_RM.T, precision=PRECISION)
+    bank_model_BR = jnp.matmul(bank_curve_BM, model_RM.T, precision=PRECISION)
     basis_CF = curve_basis(table, sample_rate).astype(np.float32)
     parts = []
     for start in range(0, len(y_nR), PAIRS_AT_ONCE):

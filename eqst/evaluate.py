@@ -135,23 +135,24 @@ def properties(run: Run, trial: Trial) -> dict[str, float]:
         functools.partial(predictor.predict_audio, run.config, run.params, run.normalisation)
     )
 
-    def curve(input_T: np.ndarray, reference_T: np.ndarray) -> np.ndarray:
-        params = eq.EqParams(*(np.asarray(x)[None] for x in predict(input_T, reference_T)))
-        return np.asarray(eq.remove_level(baselines.settings_curve(params, rate)))[0]
+    def curves(asked: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        found = [predict(input_T, reference_T) for input_T, reference_T in asked]
+        params = eq.EqParams(*map(np.stack, zip(*found, strict=True)))
+        return np.asarray(eq.remove_level(baselines.settings_curve(params, rate)))
 
-    def rms(curves: list[np.ndarray]) -> float:
-        return float(np.sqrt(np.mean(np.square(curves))))
+    def rms(curve_nF: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(np.square(curve_nF))))
 
-    there = [curve(a, b) for a, b in trial.audio]
-    back = [curve(b, a) for a, b in trial.audio]
-    same = [curve(a, a) for a, _ in trial.audio]
-    louder = [curve(10.0 * a, 0.1 * b) for a, b in trial.audio]
+    there = curves([(a, b) for a, b in trial.audio])
+    back = curves([(b, a) for a, b in trial.audio])
+    same = curves([(a, a) for a, _ in trial.audio])
+    louder = curves([(10.0 * a, 0.1 * b) for a, b in trial.audio])
     return {
         "pairs": len(trial.audio),
         "prediction_rms_db": rms(there),
         "identity_rms_db": rms(same),
-        "swap_sum_rms_db": rms([a + b for a, b in zip(there, back, strict=True)]),
-        "level_change_rms_db": rms([a - b for a, b in zip(there, louder, strict=True)]),
+        "swap_sum_rms_db": rms(there + back),
+        "level_change_rms_db": rms(there - louder),
     }
 
 

@@ -371,7 +371,7 @@ from eqst import command, eq, match, render
 known = eq.EqParams(np.array([100., 700., 2500., 8000.]), np.full(4, 3.), np.ones(4))
 match.Matcher.load = classmethod(lambda cls, workdir=None: cls(lambda a, b: known))
 if sys.argv.pop() == "slow":
-    render.flush_denormals = lambda state: time.sleep(60)
+    render.flush_denormals = lambda state: time.sleep(5)  # once a block, of which none is awaited
 command.start("eqst.match", match.define_flags, match.main)
 """
 
@@ -402,6 +402,8 @@ def test_a_command_that_is_stopped_leaves_nothing_half_written(repo, files, numb
         if any(path.name.endswith(".tmp.wav") for path in files.iterdir()):
             break
         time.sleep(0.1)
+    else:
+        raise AssertionError("it never began to write")
     process.send_signal(number)
     _, error = process.communicate(timeout=100)
     assert process.returncode == (143 if number == signal.SIGTERM else 1)

@@ -98,13 +98,20 @@ def settings_of(cache: Path, changes: dict) -> config.Config:
     return config.validate(made)
 
 
+# Of several threads, so that the parts of two may lie between each other.
+GREETING = re.compile(
+    r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. |"
+    r"Expected number of connected peer ranks is : \d+"
+)
+
+
 def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """(exit code, stdout without gloo's greeting, stderr) of each."""
     found = []
     for process in processes:
         out, err = process.communicate(timeout=300)
-        said = "".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]"))
-        found.append((process.returncode, said, err))
+        said = [x for x in GREETING.sub("", out).splitlines(keepends=True) if x.strip()]
+        found.append((process.returncode, "".join(said), err))
     return found
 
 

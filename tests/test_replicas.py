@@ -21,6 +21,8 @@ MEMBERS = (
     {"seed": 2, "loss.parameters": 0.0, "train.weight_decay": 0.1},
     {"seed": 0, "loss.response": 0.0, "train.clip_norm": 0.1, "train.ema_decay": 0.5},
 )
+# As many as a usual sweep has of them; of the convolutional model four are slow enough.
+EIGHT = (*MEMBERS, *({"seed": i, "train.learning_rate": 1e-3 * i} for i in range(3, 7)))
 MEL = {"data.rendering": "device", "features.mel_bands": 16, "model.dropout": 0.1}
 
 
@@ -63,26 +65,43 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert cards[0] == cards[1]
 
 
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory):
+    """A function from changes to the folder of the run of those alone, trained once for all."""
+    made: dict[str, Path] = {}
+
+    def folder(*changes: dict) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone")
+            train.train(settings(cache, *changes), made[key], silent)
+        return made[key]
+
+    return folder
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("variant", [POOLED, MEL], ids=["pooled", "mel-dropout"])
-def test_members_of_one_program_are_what_they_are_alone(variant, devices, cache, tmp_path):
-    configs = [settings(cache, variant, x, {"train.devices": devices}) for x in MEMBERS]
-    folders = [tmp_path / f"together/{i}" for i in range(len(MEMBERS))]
+@pytest.mark.parametrize(
+    ("variant", "members"), [(POOLED, EIGHT), (MEL, MEMBERS)], ids=["pooled", "mel-dropout"]
+)
+def test_members_of_one_program_are_what_they_are_alone(
+    variant, members, devices, cache, alone, tmp_path
+):
+    configs = [settings(cache, variant, x, {"train.devices": devices}) for x in members]
+    folders = [tmp_path / f"together/{i}" for i in range(len(members))]
     lines: list[str] = []
     state = train.train_together(configs, folders, lines.append)
-    assert all(leaf.shape[0] == len(MEMBERS) for leaf in jax.tree.leaves(state))
-    assert any("4 of them in one program" in line for line in lines)
-    for i, own in enumerate(MEMBERS):
-        alone = tmp_path / f"alone/{i}"
-        train.train(settings(cache, variant, own), alone, silent)
-        assert_same_run(alone, folders[i])
+    assert all(leaf.shape[0] == len(members) for leaf in jax.tree.leaves(state))
+    assert any(f"{len(members)} of them in one program" in line for line in lines)
+    for own, folder in zip(members, folders, strict=True):
+        assert_same_run(alone(variant, own), folder)
     first, second = (losses(folder) for folder in folders[:2])
     assert not np.allclose(first, second, rtol=0.01)
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_members_may_hold_out_folds_of_their_own(devices, cache, tmp_path):
+def test_members_may_hold_out_folds_of_their_own(devices, cache, alone, tmp_path):
     """And draw, measure and judge on the talkers of their own fold, as a run alone does."""
     folds = [{"data.folds": 3, "data.fold": i % 3, "seed": i} for i in range(4)]
     configs = [settings(cache, POOLED, x, {"train.devices": devices}) for x in folds]
@@ -90,10 +109,8 @@ def test_members_may_hold_out_folds_of_their_own(devices, cache, tmp_path):
     lines: list[str] = []
     train.train_together(configs, folders, lines.append)
     assert any("each member holds out its fold of 3" in line for line in lines)
-    for i, own in enumerate(folds):
-        alone = tmp_path / f"alone/{i}"
-        train.train(settings(cache, POOLED, own), alone, silent)
-        assert_same_run(alone, folders[i])
+    for own, folder in zip(folds, folders, strict=True):
+        assert_same_run(alone(POOLED, own), folder)
     record = (folders[0] / "metrics.jsonl").read_text()
     assert "valid_shape_db" in record and "train_exact_shape_db" not in record
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from eqst import charts, eq, rivals, scaling, speed, throughput
+from eqst import charts, eq, recipes, rivals, scaling, speed, throughput
 from eqst.timing import Size, in_turns, process, target, timings
 
 TINY = Size(
@@ -51,7 +51,16 @@ def test_a_process_that_fails_is_said():
 
 
 @pytest.mark.long
-def test_device_steps_are_timed_with_their_features_and_their_cost():
+def test_device_steps_are_timed_with_their_features_and_their_cost(monkeypatch):
+    def small():
+        made = paper()
+        made.update_from_flattened_dict(
+            {"model.hidden": 16, "model.blocks": 1, "model.channels": 2, "features.mel_bands": 16}
+        )
+        return made
+
+    paper = recipes.paper
+    monkeypatch.setattr(recipes, "paper", small)
     made = throughput.device_steps(TINY, lambda _: None)
     names = [row["what"] for row in made.rows]
     assert "db_mel_pm, batch 4" in names and "pooled, 8 members of batch 2" in names
