@@ -275,7 +275,8 @@ def saved_tree(state: learner.State, normalisation: predictor.Normalisation) -> 
 
 def step_of(state: learner.State) -> int:
     """Steps that a state, stacked or not, has behind it."""
-    return int(np.asarray(state.step).flat[0])
+    # Of members that lie on other processes' devices, which are no further, only those here.
+    return int(np.asarray(state.step.addressable_data(0)).flat[0])
 
 
 def finished(members: list[Member]) -> str:

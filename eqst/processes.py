@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -30,10 +31,16 @@ START_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 1800, 55, 30
 # Our own look at whether all are there is quicker than JAX's heartbeat, and ends in a line.
 LOOK_SECONDS, LOST_SECONDS = 3.0, 30.0
 DONE = "done"  # what a process that has come to its end says in place of a count
+EXIT_INTERRUPTED = 75  # "the same command goes on", to whatever starts processes
 # Process 0 takes the others with it, by an abort; when it fails it first lets them end in a line.
 LAST_WORDS_SECONDS = 3 * LOOK_SECONDS
-GONE, FAILED = "is gone", "has failed and says why"
+GONE, LEAVES, FAILED = "is gone", "leaves, as another is gone", "has failed and says why"
 START_AGAIN = "start all of them again, they go on from the last checkpoint"
+
+# A JaxRuntimeError of these is the program's own; others come of a broken connection.
+_OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
+WAIT_SECONDS = 10.0  # before it is said that others are waited for
+DAY_MS = 24 * 3600 * 1000  # a host may evaluate for longer than another; who is gone is seen
 
 _parting = threading.Event()  # this process has an error of its own to tell
 
@@ -49,7 +56,8 @@ def join() -> None:
     - Cloud TPU, as a VM or in GKE: JAX finds the hosts of the slice.
 
     Otherwise it does nothing. On a CPU the processes talk by gloo, JAX's default. A process that
-    dies takes the others with it within a minute (see `_watch`).
+    dies takes the others with it within a minute (see `_watch`); one that comes to its end waits
+    for the others there. SIGTERM ends a process, as it does one alone, but where `Signals` listens.
 
     Raises:
       ValueError: some of the three variables are set and not all, or they are no such numbers; the
@@ -62,6 +70,13 @@ def join() -> None:
         options = {}
     if options is None:
         return
+    where = ""
+    if "num_processes" in options:
+        where = f" of {options['num_processes']} at {options['coordinator_address']}"
+    line = f"waiting for the other processes{where}, {START_SECONDS // 60} minutes at most"
+    patience = threading.Timer(WAIT_SECONDS, os.write, (2, f"{line}\n".encode()))
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
             **options,
@@ -74,13 +89,19 @@ def join() -> None:
             f"the processes do not find each other ({str(error).splitlines()[0][:200]}): set "
             f"{', '.join(ENVIRONMENT)} on each, or unset what names a cluster"
         ) from None
+    finally:
+        patience.cancel()
     if jax.process_count() > 1:
+        # JAX has begun to listen to it, for its own way to stop, which is not ours.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         ends = threading.Event()
         watcher = threading.Thread(target=_watch, args=(ends,), daemon=True)
         watcher.start()
 
         # A thread that is still in JAX's C++ when Python goes takes the process down with SIGABRT.
         def stop() -> None:
+            with contextlib.suppress(Exception):  # who is gone is seen meanwhile
+                _client().wait_at_barrier("eqst/end", DAY_MS)
             ends.set()
             watcher.join(SHUTDOWN_SECONDS)
 
@@ -165,26 +186,48 @@ def _watch(ends: threading.Event) -> None:
             return
         # Of two that fail alike each has a moment to say so itself.
         if lost and not _parting.wait(LOOK_SECONDS / 3):
-            key, how = lost[0]
-            os.write(2, f"process {key.rpartition('/')[2]} {how}: {START_AGAIN}\n".encode())
-            _leave()
+            line, code = _told(lost)
+            os.write(2, f"{line}\n".encode())
+            _leave(code)
 
 
-def part() -> None:
-    """Lets this process end by itself, for one that has failed, and tells the others that it does.
+def _told(lost: list[tuple[str, str]]) -> tuple[str, int]:
+    """What is said of processes that are gone, and the exit code: of one that failed, 1."""
+    key, how = min(lost, key=lambda x: (FAILED, GONE, LEAVES).index(x[1]))
+    line = f"process {key.rpartition('/')[2]} {how}: {START_AGAIN}"
+    return line, 1 if how == FAILED else EXIT_INTERRUPTED
+
+
+def part(error: BaseException) -> tuple[str, int] | None:
+    """Lets this process end by itself, by an error, and tells the others that it does.
 
     JAX would wait minutes for the others to end too, and then abort with a page of C++ frames.
+
+    Returns:
+      where the error comes of another process: what to say in its place, and the exit code, which
+      is EXIT_INTERRUPTED but where the other has failed by itself.
     """
-    if jax.distributed.is_initialized():
-        _parting.set()
-        with contextlib.suppress(Exception):  # the service may be what is gone
-            _client().key_value_set(f"eqst/lost/{jax.process_index()}", FAILED)
-        # Before Python waits for its threads, and atexit comes after: Orbax's may wait for a
-        # process that is gone. There is no public name for it.
-        threading._register_atexit(_leave)  # type: ignore[attr-defined]
+    if not jax.distributed.is_initialized():
+        return None
+    _parting.set()
+    found = None
+    runtime = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    if runtime and not any(word in str(error) for word in _OWN_ERRORS):
+        said = " ".join(str(error).split())[:120]
+        found = f"another process is gone ({said}): {START_AGAIN}", EXIT_INTERRUPTED
+    with contextlib.suppress(Exception):  # the service may be what is gone
+        lost = _client().key_value_dir_get("eqst/lost/")
+        if found and lost:
+            found = _told(lost)
+        how = LEAVES if found else FAILED
+        _client().key_value_set(f"eqst/lost/{jax.process_index()}", how)
+    # Before Python waits for its threads, and atexit comes after: Orbax's may wait for a process
+    # that is gone. There is no public name for it.
+    threading._register_atexit(_leave, found[1] if found else 1)  # type: ignore[attr-defined]
+    return found
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
     """Ends this process at once; process 0 when the others have ended, or after a while."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -196,7 +239,7 @@ def _leave() -> None:
             if words.count(DONE) == jax.process_count():
                 break
             time.sleep(0.1)
-    os._exit(1)
+    os._exit(code)
 
 
 def _say(word: str) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 from eqst import processes
 
-EXIT_INTERRUPTED = 75
-
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived and the state is saved."""
+    """SIGTERM or SIGINT arrived and the state is saved; or another process is gone. The same
+    command goes on, and the exit code is `processes.EXIT_INTERRUPTED`."""
 
 
 # --- the loop ------------------------------------------------------------------------------------

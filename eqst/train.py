@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,8 @@ from eqst.learner import (
     State,
     init_state,
 )
-from eqst.stopping import EXIT_INTERRUPTED, Interrupted, Signals
+from eqst.processes import EXIT_INTERRUPTED
+from eqst.stopping import Interrupted, Signals
 
 
 def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None] = print) -> State:
@@ -281,6 +282,29 @@ def _restore(
     )
 
 
+@contextlib.contextmanager
+def explained(workdir: str) -> Iterator[None]:
+    """What ends a run, in a line of what to do, and told to the processes beside this one.
+
+    Raises:
+      Interrupted: another process is gone.
+      OSError: another has failed and says why; the bucket is away.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        other = processes.part(error)
+        if other:
+            line, code = other
+            raise (Interrupted if code == EXIT_INTERRUPTED else OSError)(line) from None
+        away = saving.away(error, workdir)
+        if away is not None:
+            raise away from None
+        raise
+
+
 def define_flags() -> None:
     """The command's flags; called by its main alone, so that importing this module adds none."""
     config_flags.DEFINE_config_file("config", None, "Config file; --config.key=value changes it.")
@@ -292,22 +316,13 @@ def main() -> None:
     """The command."""
     processes.join()
     try:
-        config = validate(flags.FLAGS.config)
-        train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
+        with explained(flags.FLAGS.workdir):
+            config = validate(flags.FLAGS.config)
+            train(config, flags.FLAGS.workdir, functools.partial(print, flush=True))
     except Interrupted as event:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what there was to save is saved
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BaseException as error:
-        processes.part()
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            raise OSError(
-                f"another process is gone ({str(error)[:120]}): {processes.START_AGAIN}"
-            ) from None
-        away = saving.away(error, flags.FLAGS.workdir)
-        if away is not None:
-            raise away from None
-        raise
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from eqst import card, charts, command, comparison, config, files, lock, processes
-from eqst.stopping import EXIT_INTERRUPTED, Interrupted
+from eqst.processes import EXIT_INTERRUPTED
+from eqst.stopping import Interrupted
 from eqst.sweeps import (
     bucket,
     clone,
@@ -45,6 +46,7 @@ from eqst.sweeps import (
     slurm,
     turn,
 )
+from eqst.train import explained
 
 LOOK_SECONDS = 10.0  # between two looks at Slurm's queue, which is everybody's
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -144,17 +146,11 @@ def _run_unit(workdir: epath.Path, every: list[members.Member]) -> None:
     local.leave_with_parent()
     alone = jax.process_index() == 0 and "://" not in options.workdir
     attempt = os.environ.get("EQST_ATTEMPT", "")
-    try:
-        unit = [by_name[name] for name in names]
-        with contextlib.ExitStack() as turns:
-            for name in names if alone else []:
-                turns.enter_context(turn.taken(pathlib.Path(workdir / name), attempt))
-            single.run_unit(workdir, unit, options.data, options.manifest)
-    except Interrupted:
-        raise
-    except BaseException:
-        processes.part()
-        raise
+    unit = [by_name[name] for name in names]
+    with explained(options.workdir), contextlib.ExitStack() as turns:
+        for name in names if alone else []:
+            turns.enter_context(turn.taken(pathlib.Path(workdir / name), attempt))
+        single.run_unit(workdir, unit, options.data, options.manifest)
 
 
 def _run_here(work: Work) -> list[str]:

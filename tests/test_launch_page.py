@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_gcloud
 import pytest
 
-from eqst.stopping import EXIT_INTERRUPTED
+from eqst.processes import EXIT_INTERRUPTED
 
 BASH = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 

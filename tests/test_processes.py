@@ -201,8 +201,8 @@ def test_stopped_in_two_it_ends_in_one_and_the_other_way_round(cache, tmp_path):
         wait_for_line(processes[0], "step 24/")
         processes[1].kill()
         (code, _, err), _ = ends(processes)
-    assert code == 1 and len(err.splitlines()) == 1, err
-    assert err.startswith("eqst.train: another process is gone (") and "start all of them" in err
+    assert code == train.EXIT_INTERRUPTED and len(err.splitlines()) == 1, err
+    assert err.startswith("another process is gone (") and "start all of them" in err
 
 
 @pytest.mark.long
@@ -346,7 +346,7 @@ def test_a_lost_process_is_missed_and_named_in_one_line(how, cache):
         children[1].send_signal(how)
         for child in (children[0], children[2]):
             _, err = child.communicate(timeout=60)
-            assert child.returncode == 1
+            assert child.returncode == processes.EXIT_INTERRUPTED
             assert err == f"process 1 is gone: {processes.START_AGAIN}\n"
         assert 4.0 < time.monotonic() - before < 30.0
 
@@ -357,7 +357,8 @@ FAILS = IDLE.replace(
 import jax
 if jax.process_index() == int(sys.argv[1]):
     time.sleep(2)
-    processes.part()
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    assert processes.part(error) is None  # its own
     sys.exit("mine")
 time.sleep(300)""",
 )
@@ -371,6 +372,53 @@ def test_one_that_fails_says_why_and_the_others_that_it_has(who, cache):
     for number, (code, _, err) in enumerate(results):
         said = "mine" if number == who else f"process {who} has failed and says why: "
         assert code == 1 and err.startswith(said) and len(err.splitlines()) == 1, results
+
+
+SLOW_END = """
+import sys, time
+from eqst import processes
+processes.SHUTDOWN_SECONDS = 3
+processes.join()
+import jax
+time.sleep(8 * jax.process_index())
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.long
+def test_one_that_is_done_waits_for_those_that_are_not(cache):
+    """JAX would abort both, after what is 30 seconds elsewhere."""
+    with started([sys.executable, "-c", SLOW_END], cache) as children:
+        results = ends(children)
+    assert results == [(0, "ended\n", "")] * 2
+
+
+@pytest.mark.long
+def test_sigterm_before_anything_listens_ends_both(cache):
+    with started([sys.executable, "-c", IDLE], cache) as children:
+        for child in children:
+            wait_for_line(child, "joined")
+        children[1].send_signal(signal.SIGTERM)
+        results = ends(children)
+    assert [code for code, _, _ in results] == [processes.EXIT_INTERRUPTED, -signal.SIGTERM]
+    assert results[0][2] == f"process 1 is gone: {processes.START_AGAIN}\n"
+
+
+@pytest.mark.long
+def test_one_whose_others_are_not_there_says_that_it_waits(cache):
+    words = IDLE.replace("processes.join()", "processes.WAIT_SECONDS = 1.0\nprocesses.join()")
+    environment = environments(cache, 2)[0]
+    child = subprocess.Popen(
+        [sys.executable, "-c", words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stderr is not None
+        said = child.stderr.readline()
+    finally:
+        child.kill()
+        child.communicate()
+    address = environment["JAX_COORDINATOR_ADDRESS"]
+    assert said == f"waiting for the other processes of 2 at {address}, 30 minutes at most\n"
 
 
 @pytest.mark.long

@@ -2,15 +2,18 @@
 
 import json
 import os
+import pickle
 import signal
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from test_processes import ends, started, wait_for_line
 from test_train import POOLED, TINY, losses, silent
 
-from eqst import batches, checkpoint, config, corpus, mesh, recipes, train
+from eqst import batches, checkpoint, config, corpus, mesh, processes, recipes, train
 
 # Rounding alone: sums in another order, in products of several members at once.
 SAME_PARAMS, SAME_CURVE = 1e-4, 1e-4
@@ -98,6 +101,40 @@ def test_members_of_one_program_are_what_they_are_alone(
         assert_same_run(alone(variant, own), folder)
     first, second = (losses(folder) for folder in folders[:2])
     assert not np.allclose(first, second, rtol=0.01)
+
+
+TOGETHER = """
+import pickle, sys
+from eqst import processes, train
+from eqst.stopping import Interrupted
+processes.join()
+try:
+    with train.explained(""):
+        train.train_together(*pickle.load(open(sys.argv[1], "rb")), lambda x: print(x, flush=True))
+except Interrupted as event:
+    print(event)
+    sys.exit(processes.EXIT_INTERRUPTED)
+"""
+
+
+@pytest.mark.long
+def test_members_on_the_devices_of_two_processes(cache, alone, tmp_path):
+    """Each process has two of four devices, and each device a member; stopped and gone on."""
+    configs = [settings(cache, POOLED, x, {"train.devices": 0}) for x in MEMBERS]
+    folders = [tmp_path / f"together/{i}" for i in range(len(MEMBERS))]
+    (tmp_path / "given").write_bytes(pickle.dumps((configs, folders)))
+    words = [sys.executable, "-c", TOGETHER, str(tmp_path / "given")]
+    with started(words, cache, 2, devices=2) as children:
+        wait_for_line(children[0], "step 1/6")
+        children[1].send_signal(signal.SIGTERM)
+        results = ends(children)
+    assert [code for code, _, _ in results] == [processes.EXIT_INTERRUPTED] * 2, results
+    with started(words, cache, 2, devices=2) as children:
+        results = ends(children)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert results[0][1].startswith("resumed at step ") and "4 cpu device(s)" in results[0][1]
+    for own, folder in zip(MEMBERS, folders, strict=True):
+        assert_same_run(alone(POOLED, own), folder)
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])

@@ -97,7 +97,12 @@ def test_kill_9_and_a_failure_in_a_sweep(
     )
     log = (folder / "slurm.log").read_text()
     events = [line.split(maxsplit=2)[2].partition(" on ")[0] for line in log.splitlines()]
-    assert [x for x in events if x != "scontrol requeue refuses"] == ["start 0", "end 137", "start 1", "end 0"]
+    assert [x for x in events if x != "scontrol requeue refuses"] == [
+        "start 0",
+        "end 137",
+        "start 1",
+        "end 0",
+    ]
     text = (folder / "log.txt").read_text()
     assert re.search(r"^resumed at step [1-5]0 of 60$", text, re.MULTILINE)
     # The failure was tried twice, each in a submission of its own; nobody else was in the second.

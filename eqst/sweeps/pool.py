@@ -13,8 +13,9 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from eqst.processes import EXIT_INTERRUPTED
 from eqst.record import clock
-from eqst.stopping import EXIT_INTERRUPTED, Interrupted
+from eqst.stopping import Interrupted
 from eqst.sweeps import gcloud
 from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Clock, Cloud, PersonNeeded, Site, said
 from eqst.sweeps.local import TRIES
