@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import soundfile
 from etils import epath
+from test_interruption import assert_same_run
+from test_processes import train_words
 from test_train import POOLED, TINY, command, silent
 
 from eqst import build, chunking, corpus, layouts, lock, shards, train
@@ -648,6 +650,38 @@ def test_a_flipped_byte_in_a_shard_ends_training_in_one_line_that_names_it(copie
     assert line.startswith(f"eqst.train: {shard} is damaged (") and "copy it again" in line
     shard.write_bytes(good)  # copied again
     subprocess.run(words, check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.long
+def test_a_shard_damaged_under_a_run_ends_it_and_mended_it_ends_bitwise_equal(copied, tmp_path):
+    pytest.importorskip("tensorflow", reason="needs the extra [data]: tensorflow")
+    shard, good = shard_of(copied), shard_of(copied).read_bytes()
+    changes = {
+        "data.sources": f"('tfds:{copied}',)", "data.sample_rate": RATE, "features.window": 512,
+        "data.segment_seconds": (0.6,), "features.hop": 256, "data.min_loudness_lufs": -50.0,
+        "data.pipeline": "tfdata", "data.rendering": "device", "features.mel_bands": 16,
+        "train.steps": 60, "train.checkpoint_every": 10, "train.eval_every": 30,
+    }  # fmt: skip
+    whole, run = (train_words(tmp_path / name, tmp_path / "cache", changes) for name in ("a", "b"))
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-500:]
+    with subprocess.Popen(
+        run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 25/"):
+                with shard.open("r+b") as file:  # in place: it is read while it is open
+                    file.write(bytes(len(good)))
+                break
+        _, err = process.communicate(timeout=300)
+    said = [x for x in err.splitlines() if x.startswith("eqst.train: ")]
+    assert process.returncode == 1 and len(said) == 1 and "is damaged" in said[0], err[-2000:]
+    with shard.open("r+b") as file:
+        file.write(good)
+    done = subprocess.run(run, check=True, capture_output=True, text=True, timeout=300)
+    assert "resumed at step " in done.stdout
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_damaged_shard_ends_tf_data_in_one_line(copied, configure):
