@@ -340,7 +340,7 @@ def time_reads(folder: str, rounds: int = 9, reads: int = 200) -> dict[str, Any]
                 timed[context].append(spent)
     rows = []
     for context, spent_N in timed.items():
-        cpu_N, wall_N = (sorted(1e3 * x / reads for x in column) for column in zip(*spent_N))
+        cpu_N, wall_N = (sorted(1e3 * x[i] / reads for x in spent_N) for i in range(2))
         row = {"seconds": seconds, "context_seconds": context, "rounds": rounds, "reads": reads}
         row |= {"cpu_milliseconds": statistics.median(cpu_N), "cpu_least": cpu_N[0]}
         row |= {"cpu_most": cpu_N[-1], "wall_milliseconds": statistics.median(wall_N)}
