@@ -257,7 +257,7 @@ def _outputs(assumed: Assumed, batches: list[int], each: list[Plan]) -> Iterator
     parts = math.ceil(assumed.hours / made.index_hours)
     yield (
         f"| one corpus today, if all of it is loud | {made.index_hours:,.0f} hours (row numbers "
-        f"are int32): these are {parts:,} |"
+        f"are int32): sets needed: {parts:,} |"
     )
 
 
@@ -320,11 +320,20 @@ def time_reads(folder: str, rounds: int = 9, reads: int = 200) -> dict[str, Any]
       folder: of the set, NAME/VERSION; at the default rate, its recordings longer than a segment.
       rounds: of timing; the lengths take turns.
       reads: in a round.
+
+    Raises:
+      ValueError: a recording is too short; CorpusError: the set is missing or damaged.
     """
     data, rng, load = Data(), np.random.default_rng(0), os.getloadavg()[0]
     corpus = shards.load(folder).corpus
     rate, seconds = corpus.sample_rate, data.segment_seconds[0]
     contexts = (data.context_seconds, 0.0)
+    shortest = float(corpus.length_R.min()) / rate
+    if shortest < seconds + max(contexts):
+        raise ValueError(
+            f"--time_reads={folder}: its shortest recording has {shortest:.1f} s; build a set of "
+            f"{seconds + max(contexts):g} s and more (--min_seconds)"
+        )
     timed: dict[float, list[tuple[float, float]]] = {context: [] for context in contexts}
     for number in range(rounds + 1):
         for context in contexts:

@@ -192,7 +192,7 @@ def test_the_limits_of_the_index_on_the_page(page: str, repo: Path) -> None:
     assert f"{2**23 / 1e6:.1f} million recordings" in section
 
 
-def brute_force_records(seconds: float, context_seconds: float, count: int = 20_000) -> float:
+def brute_force_records(seconds: float, context_seconds: float, count: int) -> float:
     """Records the reader itself asks for, from random starts of a recording without an end."""
     rate, chunk = 44_100, 441_000
     asked = []
@@ -266,7 +266,9 @@ def test_the_plan_by_other_means(repo: Path) -> None:
         program["plan"](assumed._replace(batch_pairs=100))
 
 
-def test_reads_are_timed_from_a_set(repo: Path, tmp_path: Path) -> None:
+def test_reads_are_timed_from_a_set(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorflow_datasets", reason="needs the extra [data]")
     pytest.importorskip("array_record", reason="needs the extra [data]")
     rate, sounds = 8000, tmp_path / "sounds"
@@ -278,6 +280,11 @@ def test_reads_are_timed_from_a_set(repo: Path, tmp_path: Path) -> None:
     words += [f"--sample_rate={rate}", "--chunk_seconds=2", "--dev_share=0", "--workers=1"]
     subprocess.run([sys.executable, *words], cwd=repo, check=True, capture_output=True)
     timed = plan_program(repo)["time_reads"](str(tmp_path / "little" / "1.0.0"), 2, 3)
+    built = shards.load(tmp_path / "little" / "1.0.0")
+    short = built.corpus._replace(length_R=np.full(2, round(4.4 * rate)))
+    monkeypatch.setattr(shards, "load", lambda _: built._replace(corpus=short))
+    with pytest.raises(ValueError, match="recording has 4.4 s; build a set of 4.5 s and more"):
+        plan_program(repo)["time_reads"](str(tmp_path / "little" / "1.0.0"), 2, 3)
     stored = results(repo, "shard_reads")
     assert timed.keys() == stored.keys() and len(timed["rows"]) == len(stored["rows"]) == 2
     assert timed["hours"] == pytest.approx(12 / 3600) and timed["chunk_seconds"] == 2
