@@ -21,6 +21,8 @@ from eqst.corpus import HOPS_PER_SECOND, Corpus
 RECORDING, INPUT, REFERENCE, COIN, OTHER = range(5)
 # Uniform numbers of the augmentation (see `observe`), after those five.
 AUGMENT = 33
+# Rows of an Index are numbered by int32.
+MAX_ROWS = np.iinfo(np.int32).max
 
 
 class PairsError(ValueError):
@@ -134,7 +136,7 @@ def build_index(
       the index, and one line for each recording that gives no pair, saying why.
 
     Raises:
-      PairsError: no recording gives a pair.
+      PairsError: no recording gives a pair, or there are more starts than can be numbered.
     """
     rate, length = corpus.sample_rate, round(seconds * corpus.sample_rate)
     blocks = hops_covering(length, rate)
@@ -161,6 +163,13 @@ def build_index(
         columns["recording_R"].append(recording)
         columns["cumulative_R"].append(corpus.weight_R[recording])
         rows += int(keep_S.sum())
+        if rows > MAX_ROWS:
+            raise PairsError(
+                f"the corpus of {corpus.seconds() / 3600:,.0f} hours has more than {MAX_ROWS:,} "
+                f"starts for segments of {seconds:g} s, one each 100 ms, which is all that an "
+                f"index can number ({MAX_ROWS / HOPS_PER_SECOND / 3600:,.0f} hours): take fewer "
+                "hours a run, in several sets"
+            )
     if rows == 0:
         raise PairsError(f"no pair of {seconds:g} s segments in any recording; {skipped[0]}")
     weight_R = np.array(columns["cumulative_R"])

@@ -181,6 +181,19 @@ def test_recordings_without_a_pair_are_named(little):
         pairs.build_index(little, 1.0, 0.0)
 
 
+def test_more_starts_than_can_be_numbered_are_refused(little, index, monkeypatch):
+    rows = len(index.hop_V)
+    assert index.first_R.dtype == np.int32 and np.int64(pairs.MAX_ROWS).astype(np.int32) > 0
+    assert (np.int64(pairs.MAX_ROWS) + 1).astype(np.int32) < 0  # what is refused would wrap
+    assert index.first_R[-1] + index.count_R[-1] == rows
+    monkeypatch.setattr(pairs, "MAX_ROWS", rows)
+    assert len(pairs.build_index(little, 1.0, -35.0)[0].hop_V) == rows
+    monkeypatch.setattr(pairs, "MAX_ROWS", rows - 1)
+    with pytest.raises(PairsError, match=f"more than {rows - 1} starts .*: take fewer hours") as no:
+        pairs.build_index(little, 1.0, -35.0)
+    assert "\n" not in str(no.value)
+
+
 # --- distributions -------------------------------------------------------------------------------
 
 
