@@ -418,13 +418,13 @@ def _tfds_store(name: str, data: config.Data) -> pathlib.Path:
     column = "audio" if "audio" in features else heard[0]
     voice = next((x for x in ("speaker", "speaker_id") if x in features), None)
     rate = getattr(features[column], "sample_rate", None) or data.sample_rate
-    speakers: dict[str, list[int]] = {}
-    for position in range(len(source)):
-        label = source[position][voice] if voice else position
-        label = label.decode() if isinstance(label, bytes) else str(label)
-        speakers.setdefault(label, []).append(position)
 
     def recordings() -> Iterator[Recording]:
+        speakers: dict[str, list[int]] = {}
+        for position in range(len(source)):  # each is decoded whole for it: only where it is made
+            label = source[position][voice] if voice else position
+            label = label.decode() if isinstance(label, bytes) else str(label)
+            speakers.setdefault(label, []).append(position)
         for label, positions in speakers.items():
             pieces = []
             for position in positions:

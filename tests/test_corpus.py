@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyloudnorm
 import pytest
 import soundfile
+from etils import epath
 
 from eqst import audio, corpus, store, synthetic
 from eqst.config import Data
@@ -394,6 +396,40 @@ def test_tfds_source(tmp_path, bursts, monkeypatch):
     assert lengths == {"tfds/s1": 12000, "tfds/s2": 12000}
     with pytest.raises(CorpusError, match="array_record"):
         corpus.open_corpus(Data(**{**vars(data), "sources": ("tfds:absent_set",)}), "all", silent)
+
+
+class Audio:
+    """A feature of TFDS's by this name, as far as it is looked at."""
+
+    sample_rate = 8000
+
+
+class Examples(list):
+    """A data source that counts what is read of it."""
+
+    reads = 0
+
+    def __getitem__(self, position):
+        self.reads += 1
+        return super().__getitem__(position)
+
+
+def test_a_tfds_set_is_not_read_again_once_its_store_is_made(tmp_path, bursts, monkeypatch):
+    names = ("s1", "s1", "s2", "s2", "s3")
+    examples = Examples({"audio": bursts(i, 1.0, 8000), "speaker": x} for i, x in enumerate(names))
+    builder = SimpleNamespace(
+        data_path=epath.Path(tmp_path / "set"),
+        data_dir=tmp_path / "set",
+        info=SimpleNamespace(features={"audio": Audio(), "speaker": ""}, full_name="set/1.0.0"),
+        as_data_source=lambda split: examples,
+    )
+    monkeypatch.setattr(corpus, "_builder", lambda name: builder)
+    data = Data(sources=("tfds:set",), cache_dir=str(tmp_path / "c"), sample_rate=8000)
+    made = corpus.open_corpus(data, "all", silent)
+    assert made.length_R.tolist() == [16000, 16000, 8000] and examples.reads >= len(examples)
+    examples.reads = 0
+    again = [corpus.open_corpus(data, split, silent) for split in ("train", "valid", "all")]
+    assert examples.reads == 0 and again[2].talker_R == made.talker_R
 
 
 def test_index_is_readable_json(voices, cache):
