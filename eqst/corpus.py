@@ -189,22 +189,30 @@ def parallel(
     workers: int = 0,
     things: str = "recordings",
 ) -> Iterator:
-    """Results in order from `workers` processes (0: one per core), with a line every tenth."""
+    """Results in order from `workers` processes (0: one per core), with a line every tenth.
+
+    The processes end with the results. They hold this one's stdout, and would for five minutes,
+    also where it is killed or leaves by `os._exit`: whoever reads it to its end would wait.
+    """
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
+    from joblib.externals import loky
 
     if not tasks:
         return
     # A worker whose memory has grown is replaced, and nothing is lost. Of that joblib warns, in the
     # thread that all others wait for: where warnings are errors, they would wait for ever.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    jobs = joblib.Parallel(
-        n_jobs=min(workers or os.cpu_count() or 1, len(tasks)), return_as="generator"
-    )
+    count, done = min(workers or os.cpu_count() or 1, len(tasks)), 0
+    jobs = joblib.Parallel(n_jobs=count, return_as="generator")
     results = jobs(joblib.delayed(function)(task) for task in tasks)
-    for done, result in enumerate(results, start=1):
-        if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
-            progress(f"{name}: {done} of {len(tasks)} {things}")
-        yield result
+    try:
+        for done, result in enumerate(results, start=1):
+            if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
+                progress(f"{name}: {done} of {len(tasks)} {things}")
+            yield result
+    finally:
+        if count > 1:
+            loky.get_reusable_executor(reuse=True).shutdown(kill_workers=done < len(tasks))
 
 
 def _synthetic_recording(task: tuple[int, int, float, int]) -> Recording:

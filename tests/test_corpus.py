@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -463,3 +464,27 @@ def test_a_worker_that_grows_is_replaced_even_where_warnings_are_errors(repo, tm
     )  # fmt: skip
     assert done.stdout.strip() == str(list(range(12))), done.stderr[-2000:]
     assert done.stderr == ""
+
+
+KILLED = """
+import os, signal, subprocess
+os.cpu_count = lambda: 2
+from eqst import config, corpus
+few = {"synthetic_talkers": 4, "synthetic_seconds": 2.0}
+data = config.Data(sources=("synthetic",), cache_dir=".", **few)
+corpus.open_corpus(data, "all", print)
+words = ["ps", "-o", "args=", "--ppid", str(os.getpid())]
+print(subprocess.run(words, capture_output=True, text=True).stdout, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_worker_outlives_a_store(repo, tmp_path):
+    """One would hold the stdout of a process that is killed, and `.. | tee log` would wait."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(repo)},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "4 of 4" in done.stdout and "ps -o" in done.stdout and "popen_loky" not in done.stdout
