@@ -361,7 +361,7 @@ def _open_tfds(name: str, data: config.Data, progress: Callable) -> _Opened:
     """A set that `eqst.build` made, read where it lies, or any TFDS audio set through a store."""
     place = epath.Path(name).expanduser() if _is_path(name) else _builder(name).data_path
     if not shards.is_set(place):
-        store = _tfds_store(name, data)
+        store = _tfds_store(name, data, progress)
         whole = load_store(store, f"tfds:{name}")
         return _Opened(whole, whole.talker_R, None)
     built = shards.load(place)
@@ -406,7 +406,7 @@ def _reason(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _tfds_store(name: str, data: config.Data) -> pathlib.Path:
+def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Path:
     """Any prepared TFDS audio set stored as ArrayRecord."""
     builder = _builder(name)
     try:
@@ -428,6 +428,7 @@ def _tfds_store(name: str, data: config.Data) -> pathlib.Path:
     rate = getattr(features[column], "sample_rate", None) or data.sample_rate
 
     def recordings() -> Iterator[Recording]:
+        progress(f"tfds:{name}: making a store of {len(source)} examples, once")
         speakers: dict[str, list[int]] = {}
         for position in range(len(source)):  # each is decoded whole for it: only where it is made
             label = source[position][voice] if voice else position

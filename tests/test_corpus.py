@@ -426,7 +426,9 @@ def test_a_tfds_set_is_not_read_again_once_its_store_is_made(tmp_path, bursts, m
     )
     monkeypatch.setattr(corpus, "_builder", lambda name: builder)
     data = Data(sources=("tfds:set",), cache_dir=str(tmp_path / "c"), sample_rate=8000)
-    made = corpus.open_corpus(data, "all", silent)
+    said = []
+    made = corpus.open_corpus(data, "all", said.append)
+    assert said == ["tfds:set: making a store of 5 examples, once"]
     assert made.length_R.tolist() == [16000, 16000, 8000] and examples.reads >= len(examples)
     examples.reads = 0
     again = [corpus.open_corpus(data, split, silent) for split in ("train", "valid", "all")]
