@@ -189,22 +189,30 @@ def parallel(
     workers: int = 0,
     things: str = "recordings",
 ) -> Iterator:
-    """Results in order from `workers` processes (0: one per core), with a line every tenth."""
+    """Results in order from `workers` processes (0: one per core), with a line every tenth.
+
+    The processes end with the results. They hold this one's stdout, and would for five minutes,
+    also where it is killed or leaves by `os._exit`: whoever reads it to its end would wait.
+    """
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
+    from joblib.externals import loky
 
     if not tasks:
         return
     # A worker whose memory has grown is replaced, and nothing is lost. Of that joblib warns, in the
     # thread that all others wait for: where warnings are errors, they would wait for ever.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    jobs = joblib.Parallel(
-        n_jobs=min(workers or os.cpu_count() or 1, len(tasks)), return_as="generator"
-    )
+    count, done = min(workers or os.cpu_count() or 1, len(tasks)), 0
+    jobs = joblib.Parallel(n_jobs=count, return_as="generator")
     results = jobs(joblib.delayed(function)(task) for task in tasks)
-    for done, result in enumerate(results, start=1):
-        if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
-            progress(f"{name}: {done} of {len(tasks)} {things}")
-        yield result
+    try:
+        for done, result in enumerate(results, start=1):
+            if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
+                progress(f"{name}: {done} of {len(tasks)} {things}")
+            yield result
+    finally:
+        if count > 1:
+            loky.get_reusable_executor(reuse=True).shutdown(kill_workers=done < len(tasks))
 
 
 def _synthetic_recording(task: tuple[int, int, float, int]) -> Recording:
@@ -353,7 +361,7 @@ def _open_tfds(name: str, data: config.Data, progress: Callable) -> _Opened:
     """A set that `eqst.build` made, read where it lies, or any TFDS audio set through a store."""
     place = epath.Path(name).expanduser() if _is_path(name) else _builder(name).data_path
     if not shards.is_set(place):
-        store = _tfds_store(name, data)
+        store = _tfds_store(name, data, progress)
         whole = load_store(store, f"tfds:{name}")
         return _Opened(whole, whole.talker_R, None)
     built = shards.load(place)
@@ -398,7 +406,7 @@ def _reason(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _tfds_store(name: str, data: config.Data) -> pathlib.Path:
+def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Path:
     """Any prepared TFDS audio set stored as ArrayRecord."""
     builder = _builder(name)
     try:
@@ -418,13 +426,14 @@ def _tfds_store(name: str, data: config.Data) -> pathlib.Path:
     column = "audio" if "audio" in features else heard[0]
     voice = next((x for x in ("speaker", "speaker_id") if x in features), None)
     rate = getattr(features[column], "sample_rate", None) or data.sample_rate
-    speakers: dict[str, list[int]] = {}
-    for position in range(len(source)):
-        label = source[position][voice] if voice else position
-        label = label.decode() if isinstance(label, bytes) else str(label)
-        speakers.setdefault(label, []).append(position)
 
     def recordings() -> Iterator[Recording]:
+        progress(f"tfds:{name}: making a store of {len(source)} examples, once")
+        speakers: dict[str, list[int]] = {}
+        for position in range(len(source)):  # each is decoded whole for it: only where it is made
+            label = source[position][voice] if voice else position
+            label = label.decode() if isinstance(label, bytes) else str(label)
+            speakers.setdefault(label, []).append(position)
         for label, positions in speakers.items():
             pieces = []
             for position in positions:

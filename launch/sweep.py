@@ -59,7 +59,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data", "", "Folder of held-out recordings; default: the runs' own split.")
     flags.DEFINE_string("manifest", "", "CSV with path and split for --data.")
     flags.DEFINE_enum("backend", "local", ["local", "slurm", "tpu"], "Where runs run.")
-    flags.DEFINE_integer("jobs", 1, "Runs at a time; slurm: no limit by default.", lower_bound=1)
+    flags.DEFINE_integer(
+        "jobs", 1, "Runs at a time, a GPU for each; slurm: no limit.", lower_bound=1
+    )
     flags.DEFINE_integer(
         "replicas", 1, "So many runs that differ in numbers alone as one program.", lower_bound=1
     )

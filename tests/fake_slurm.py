@@ -1,7 +1,8 @@
 """Slurm's commands as a test wants them: each call is recorded, answers lie in files.
 
 In the folder $FAKE_SLURM: NAME.out and NAME.err, what the command NAME prints; NAME.code, its exit
-code; NAME.run, what it does. `sbatch` counts jobs up from 100.
+code; NAME.run, what it does. `sbatch` counts jobs up from 100; with --test-only it goes by the name
+test-only.
 """
 
 import stat
@@ -11,6 +12,7 @@ COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
 SEPARATOR = "\x1f"  # between the words of a call
 SCRIPT = r"""#!/bin/bash
 name=${0##*/}
+[ "$name $1" != "sbatch --test-only" ] || name=test-only
 cd "$FAKE_SLURM" || exit 1
 printf '%s\x1f' "$name" "$@" >>calls
 echo >>calls

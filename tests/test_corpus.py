@@ -3,14 +3,17 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyloudnorm
 import pytest
 import soundfile
+from etils import epath
 
 from eqst import audio, corpus, store, synthetic
 from eqst.config import Data
@@ -396,6 +399,42 @@ def test_tfds_source(tmp_path, bursts, monkeypatch):
         corpus.open_corpus(Data(**{**vars(data), "sources": ("tfds:absent_set",)}), "all", silent)
 
 
+class Audio:
+    """A feature of TFDS's by this name, as far as it is looked at."""
+
+    sample_rate = 8000
+
+
+class Examples(list):
+    """A data source that counts what is read of it."""
+
+    reads = 0
+
+    def __getitem__(self, position):
+        self.reads += 1
+        return super().__getitem__(position)
+
+
+def test_a_tfds_set_is_not_read_again_once_its_store_is_made(tmp_path, bursts, monkeypatch):
+    names = ("s1", "s1", "s2", "s2", "s3")
+    examples = Examples({"audio": bursts(i, 1.0, 8000), "speaker": x} for i, x in enumerate(names))
+    builder = SimpleNamespace(
+        data_path=epath.Path(tmp_path / "set"),
+        data_dir=tmp_path / "set",
+        info=SimpleNamespace(features={"audio": Audio(), "speaker": ""}, full_name="set/1.0.0"),
+        as_data_source=lambda split: examples,
+    )
+    monkeypatch.setattr(corpus, "_builder", lambda name: builder)
+    data = Data(sources=("tfds:set",), cache_dir=str(tmp_path / "c"), sample_rate=8000)
+    said = []
+    made = corpus.open_corpus(data, "all", said.append)
+    assert said == ["tfds:set: making a store of 5 examples, once"]
+    assert made.length_R.tolist() == [16000, 16000, 8000] and examples.reads >= len(examples)
+    examples.reads = 0
+    again = [corpus.open_corpus(data, split, silent) for split in ("train", "valid", "all")]
+    assert examples.reads == 0 and again[2].talker_R == made.talker_R
+
+
 def test_index_is_readable_json(voices, cache):
     for place in cache.glob("folder-*"):
         index = json.loads((place / "index.json").read_text())
@@ -427,3 +466,27 @@ def test_a_worker_that_grows_is_replaced_even_where_warnings_are_errors(repo, tm
     )  # fmt: skip
     assert done.stdout.strip() == str(list(range(12))), done.stderr[-2000:]
     assert done.stderr == ""
+
+
+KILLED = """
+import os, signal, subprocess
+os.cpu_count = lambda: 2
+from eqst import config, corpus
+few = {"synthetic_talkers": 4, "synthetic_seconds": 2.0}
+data = config.Data(sources=("synthetic",), cache_dir=".", **few)
+corpus.open_corpus(data, "all", print)
+words = ["ps", "-o", "args=", "--ppid", str(os.getpid())]
+print(subprocess.run(words, capture_output=True, text=True).stdout, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_worker_outlives_a_store(repo, tmp_path):
+    """One would hold the stdout of a process that is killed, and `.. | tee log` would wait."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(repo)},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "4 of 4" in done.stdout and "ps -o" in done.stdout and "popen_loky" not in done.stdout

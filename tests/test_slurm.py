@@ -69,7 +69,13 @@ def test_one_array_over_what_is_left(fake: Path, repo: Path, tmp_path: Path, run
     (entry,) = slurm.submissions(tmp_path / "w")
     assert entry.job == "100" and f"--job-name={entry.name}" in words
     assert entry.members == [x.name for x in prepared]
-    assert said == [f"submitted 3 runs: job 100, {entry.name}"]
+    assert said == [
+        "corpora of 3 runs: stores that are not there are made",
+        f"submitted 3 runs: job 100, {entry.name}",
+    ]
+    # Slurm was asked about just that, and nothing else.
+    ((_, asked, *rest),) = calls(fake, "test-only")
+    assert asked == "--test-only" and rest == words
 
 
 def queue(fake: Path, *lines: str) -> None:
@@ -126,7 +132,7 @@ def test_an_element_of_several_runs(fake: Path, repo: Path, tmp_path: Path) -> N
     first = "rate/0.001/0,rate/0.003/0,rate/0.001/1"
     (entry,) = slurm.submissions(work)
     assert entry.members == [first, "rate/0.003/1", "rate/continuous/0"]
-    assert said == [f"submitted 5 runs as 3 program(s): job 100, {entry.name}"]
+    assert said[-1] == f"submitted 5 runs as 3 program(s): job 100, {entry.name}"
     assert "--array=0-2" in calls(fake, "sbatch")[0]
     assert f"members=(\n  {first}\n" in (work / "slurm-1.sh").read_text()
     # Slurm's word on the element is its word on each of its runs; none is submitted twice.
@@ -208,14 +214,63 @@ def test_failures_are_tried_again_and_not_for_ever(
         ),
     ],
 )
+@pytest.mark.parametrize("command", ["test-only", "sbatch"])
 def test_a_refusal_is_one_line(
-    fake: Path, repo: Path, tmp_path: Path, runs: list, said: str, line: str
+    fake: Path, repo: Path, tmp_path: Path, runs: list, said: str, line: str, command: str
 ) -> None:
-    (fake / "sbatch.err").write_text(said)
-    (fake / "sbatch.code").write_text("1")
+    """And comes before anything is made, where Slurm knows it by then."""
+    (fake / f"{command}.err").write_text(said)
+    (fake / f"{command}.code").write_text("1")
+    prepared: list = []
+    made = slurm.Array(
+        sweep_in(repo, tmp_path / "w"), runs, Done(), prepared.extend, prepared.append, retry=False
+    )
     with pytest.raises(ValueError) as caught:
-        array(sweep_in(repo, tmp_path / "w"), runs, Done()).submit()
+        made.submit()
     assert str(caught.value) == line
+    early = command == "test-only"
+    assert bool(prepared) != early and len(calls(fake, "sbatch")) == (0 if early else 1)
+    if early:  # it was never submitted: the next command begins anew
+        assert slurm.submissions(tmp_path / "w") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("allocation failure: Requested node configuration is not available\n", False),
+        ("allocation failure: Requested nodes are busy\n", False),
+        ("allocation failure: Invalid job array specification\n", True),
+    ],
+)
+def test_nodes_that_are_down_are_waited_for(
+    fake: Path, repo: Path, tmp_path: Path, runs: list, said: str, refused: bool
+) -> None:
+    """`sbatch --test-only` refuses for nodes that are down what sbatch itself puts into the queue:
+    its words as Slurm 22.05.8 says them (tests/slurm_lab.py)."""
+    (fake / "test-only.err").write_text(said)
+    (fake / "test-only.code").write_text("1")
+    made = array(sweep_in(repo, tmp_path / "w"), runs, Done())
+    if refused:
+        with pytest.raises(ValueError, match="sbatch refuses .*Invalid job array"):
+            made.submit()
+    else:
+        assert made.submit() == []
+    assert len(calls(fake, "sbatch")) == (0 if refused else 1)
+
+
+def test_a_node_that_there_is_not_is_a_mistake(fake: Path, tmp_path: Path) -> None:
+    """And no sign of a Slurm that does not answer."""
+    (fake / "sbatch.code").write_text("1")
+    (fake / "sbatch.err").write_text(
+        "sbatch: error: Memory specification can not be satisfied\n"
+        "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    )
+    with pytest.raises(ValueError, match="^sbatch refuses .Memory specification can") as caught:
+        slurm.call(["sbatch"])
+    assert not isinstance(caught.value, slurm.Silent)
+    (fake / "sbatch.err").write_text("sbatch: fatal: Could not establish a configuration source\n")
+    with pytest.raises(slurm.Silent, match="does not answer"):
+        slurm.call(["sbatch"])
 
 
 def test_without_slurm_and_with_wrong_words(

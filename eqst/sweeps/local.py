@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import os
 import pathlib
 import signal
@@ -9,12 +11,23 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from eqst.record import clock
 from eqst.stopping import Interrupted
 from eqst.sweeps.members import Member
 
 TRIES = 2  # of a run that fails
+SMI_SECONDS = 60.0  # for the answer of nvidia-smi, which wakes a driver that sleeps
+
+
+class _Child(NamedTuple):
+    """A run that runs: its process, since when, and its GPU; None where it sees all there are."""
+
+    member: Member
+    process: subprocess.Popen
+    since: float
+    gpu: str | None
 
 
 class Interruption:
@@ -42,6 +55,20 @@ class Interruption:
         self._name = ""
 
 
+def visible_gpus() -> list[str]:
+    """NVIDIA's GPUs that a child would see, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        # CUDA takes those before the first that is none: of "" and "-1" nothing.
+        return list(itertools.takewhile(lambda x: x not in ("", "-1", "NoDevFiles"), names))
+    words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [x for x in done.stdout.split() if x.isdecimal()] if done.returncode == 0 else []
+
+
 def run_all(
     workdir: pathlib.Path,
     waiting: list[Member],
@@ -54,8 +81,9 @@ def run_all(
     """Runs members, `jobs` processes at a time; the names of those that failed.
 
     A member is a process of its own: one that fails is tried again at the end and takes no other
-    down. SIGTERM, SIGINT or the end of `minutes` (0: none) stop all of them, saved; so does the end
-    of this process, whatever it is.
+    down. Where several go at a time each has one GPU, and shares it if there are fewer. SIGTERM,
+    SIGINT or the end of `minutes` (0: none) stop all of them, saved; so does the end of this
+    process, whatever it is.
 
     Args:
       workdir: of the sweep.
@@ -68,7 +96,7 @@ def run_all(
     Raises:
       Interrupted: stopped; the same command goes on.
     """
-    running: dict[str, tuple[Member, subprocess.Popen, float]] = {}
+    running: dict[str, _Child] = {}
     try:
         return _run_all(workdir, list(waiting), running, is_done, words, jobs, minutes)
     finally:
@@ -78,7 +106,7 @@ def run_all(
 def _run_all(
     workdir: pathlib.Path,
     waiting: list[Member],
-    running: dict[str, tuple[Member, subprocess.Popen, float]],
+    running: dict[str, _Child],
     is_done: Callable[[Member], bool],
     words: Callable[[str], list[str]],
     jobs: int,
@@ -88,6 +116,8 @@ def _run_all(
     tries = dict.fromkeys((member.name for member in waiting), 0)
     failed: list[str] = []
     finished, began = 0, time.monotonic()
+    gpus = visible_gpus() if jobs > 1 else []  # one run at a time may use several
+    shared = min(jobs, every) > max(len(gpus), 1)
     stop = Interruption(minutes)
     while waiting or running:
         if why := stop.why():
@@ -95,12 +125,10 @@ def _run_all(
         while waiting and len(running) < jobs:
             member = waiting.pop(0)
             tries[member.name] += 1
-            running[member.name] = (
-                member,
-                _start(workdir, member, words(member.name), jobs),
-                time.monotonic(),
-            )
-        for name, (member, process, since) in list(running.items()):
+            gpu = _least_used(gpus, running)
+            process = _start(workdir, member, words(member.name), _environment(gpu, shared))
+            running[member.name] = _Child(member, process, time.monotonic(), gpu)
+        for name, (member, process, since, _) in list(running.items()):
             code = process.poll()
             if code is None:
                 continue
@@ -124,12 +152,27 @@ def _run_all(
     return failed
 
 
-def _start(workdir: pathlib.Path, member: Member, words: list[str], jobs: int) -> subprocess.Popen:
+def _least_used(gpus: list[str], running: dict[str, _Child]) -> str | None:
+    """The GPU that the fewest runs have, the first of several; None where there is none."""
+    used = collections.Counter(child.gpu for child in running.values())
+    return min(gpus, key=lambda gpu: used[gpu], default=None)
+
+
+def _environment(gpu: str | None, shared: bool) -> dict[str, str]:
+    """A child's; `shared`: others may have their arrays on the same accelerator."""
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    if shared:  # else the first would take three quarters of the memory
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return environment
+
+
+def _start(
+    workdir: pathlib.Path, member: Member, words: list[str], environment: dict[str, str]
+) -> subprocess.Popen:
     folder = workdir / member.name
     folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if jobs > 1:  # several processes share an accelerator's memory
-        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(
             words,
@@ -152,17 +195,17 @@ def leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _end(running: dict[str, tuple[Member, subprocess.Popen, float]]) -> None:
+def _end(running: dict[str, _Child]) -> None:
     """Tells every run to save and leave, and waits for them."""
-    for _, process, _ in running.values():
-        process.terminate()
+    for child in running.values():
+        child.process.terminate()
     deadline = time.monotonic() + 60
-    for _, process, _ in running.values():
+    for child in running.values():
         try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
+            child.process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            child.process.kill()
+            child.process.wait()
 
 
 def _last_line(workdir: pathlib.Path, member: Member) -> str:

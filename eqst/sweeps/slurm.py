@@ -172,6 +172,32 @@ def unit_name(unit: list[Member]) -> str:
     return ",".join(member.name for member in unit)
 
 
+def ask(sweep: Sweep, names: list[str]) -> None:
+    """Has Slurm judge what `submit` would submit, before anything is made for it.
+
+    Raises:
+      ValueError: Slurm would not take it, or is not there.
+    """
+    words = _scripted(sweep, len(submissions(sweep.workdir)) + 1, names)
+    try:
+        call([words[0], "--test-only", *words[1:]])
+    except Silent:
+        raise
+    except ValueError as error:
+        # It says no as well where nodes are down just now, for which sbatch lets a job wait: of
+        # such an answer sbatch has the last word.
+        if not re.search("not available|busy|policy", str(error)):
+            raise
+
+
+def _scripted(sweep: Sweep, number: int, names: list[str]) -> list[str]:
+    """Writes the script of a submission; the words of sbatch for it."""
+    words = sbatch_words(sweep, number, len(names))
+    sweep.workdir.mkdir(parents=True, exist_ok=True)
+    files.write_text(pathlib.Path(words[-1]), script(sweep, names))
+    return words
+
+
 def submit(sweep: Sweep, names: list[str]) -> Submission:
     """Submits members as one array, an element for each of `names` (as `Submission.members`).
 
@@ -180,9 +206,7 @@ def submit(sweep: Sweep, names: list[str]) -> Submission:
     """
     record = submissions(sweep.workdir)
     number = len(record) + 1
-    words = sbatch_words(sweep, number, len(names))
-    sweep.workdir.mkdir(parents=True, exist_ok=True)
-    files.write_text(pathlib.Path(words[-1]), script(sweep, names))
+    words = _scripted(sweep, number, names)
     entry = Submission(_name(sweep.workdir, number), "", names)
     _write(sweep.workdir, [*record, entry])
     # Of a call that fails the entry stays, without a job: sbatch may have been heard all the same.
@@ -214,7 +238,7 @@ def call(words: list[str]) -> str:
         return done.stdout
     lines = [re.sub(r"^\w+: (error|fatal): ", "", x) for x in done.stderr.splitlines() if x.strip()]
     said = "; ".join(dict.fromkeys(lines[-3:])) or f"exit {done.returncode}"
-    if re.search(r"contact slurm controller|configuration|timed out|connection", said, re.I):
+    if re.search(r"contact slurm controller|configuration source|timed out|connection", said, re.I):
         raise Silent(_down(words[0], said))
     way_out = "mend --sbatch, or take less by --only" if words[0] == "sbatch" else "see its manual"
     raise ValueError(f"{words[0]} refuses ({said}): {way_out}")
@@ -358,8 +382,11 @@ class Array:
             if waiting:
                 self._say(f"{len(waiting)} runs are in the queue or run")
             if fresh:
-                self._prepare(fresh)
                 units = self._units(fresh)
+                if not self._tries:  # later ones of this command are alike, and find all made
+                    ask(self._sweep, units)
+                    self._say(f"corpora of {len(fresh)} runs: stores that are not there are made")
+                self._prepare(fresh)
                 entry = submit(self._sweep, units)
                 self._tries.update(entry.names())
                 programs = f" as {len(units)} program(s)" if len(units) < len(fresh) else ""
