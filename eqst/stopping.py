@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import threading
+import types
 from typing import Any
 
 from eqst import processes
+
+AGAIN_SECONDS = 0.05
 
 
 class Interrupted(Exception):
@@ -42,9 +47,27 @@ class Signals:
         """What this process was told to stop by; it may have been another that was."""
         return self.received or "another process was stopped"
 
-    def _remember(self, number: int, _: object) -> None:
+    def _remember(self, number: int, frame: types.FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            if not _collecting(frame):
+                raise KeyboardInterrupt
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            again.daemon = True
+            again.start()
+            return
         self.received = signal.Signals(number).name
         if number == signal.SIGINT and os.isatty(2):  # a person waits, for a compilation perhaps
             os.write(2, b"SIGINT: saving after this step; once more ends at once\n")
+
+
+def _collecting(frame: types.FrameType | None) -> bool:
+    """Whether this is a callback of the garbage collector: what is raised there is only printed.
+
+    JAX has one, and after seconds in its compiler it is often the first Python code to run.
+    """
+    codes = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,6 +1,7 @@
 """A run killed, stopped, starved of disk or damaged goes on to the same end, bit for bit."""
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import pytest
 import soundfile
 from test_train import POOLED, TINY, command, silent
 
-from eqst import checkpoint, config, files, record, train
+from eqst import checkpoint, config, files, record, stopping, train
 from eqst.checkpoint import CheckpointError, Checkpoints
 
 KILLS = 20
@@ -135,6 +136,26 @@ def test_kill_9_at_twenty_moments_ends_bitwise_equal(whole, cache, environment, 
     assert_same_run(whole, workdir)
     steps = [path.name for path in (workdir / "checkpoints" / "last").iterdir()]
     assert len(steps) == 2, steps  # nothing half-written stays
+
+
+def test_a_second_sigint_is_not_lost_in_a_callback_of_the_garbage_collector():
+    """Where Python prints what is raised and goes on."""
+    came = []
+
+    def collected(phase: str, _: dict) -> None:
+        if not came:
+            came.append(phase)
+            signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(collected)
+    try:
+        with pytest.raises(KeyboardInterrupt), stopping.Signals() as signals:
+            signals.received = "SIGINT"
+            gc.collect()
+            assert came
+            time.sleep(5)
+    finally:
+        gc.callbacks.remove(collected)
 
 
 @pytest.mark.long
