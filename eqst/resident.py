@@ -199,7 +199,7 @@ def _bank(
                 bank = np.zeros((size, *stats_BSM.shape[1:]), np.float16)
             row = first + begin - low
             bank[row : row + len(stats_BSM)] = stats_BSM
-        if (done + len(own)) * 4 // rows > done * 4 // rows:
+        if (done + len(own)) * 10 // rows > done * 10 // rows:
             share = f" (part {part + 1} of {parts})" * (parts > 1)
             progress(f"statistics of {seconds:g} s segments{share}: {done + len(own)} of {rows}")
         done += len(own)

@@ -7,7 +7,10 @@ import os
 import signal
 import threading
 import types
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from eqst import processes
 
@@ -41,7 +44,23 @@ class Signals:
     def stop_early(self) -> None:
         """Between the stages of the start: leaves if any process was told to; nothing is new."""
         if processes.gathered(int(self.received is not None)).any():
-            raise Interrupted(f"{self.name()}: stopped before training; the same command goes on")
+            raise self._early()
+
+    def heeding(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """`say`, for long stages of the start: with each line a process that is alone may leave.
+
+        Of several one that was told to does at the end of the stage, with the others.
+        """
+
+        def line(text: str) -> None:
+            say(text)
+            if self.received is not None and jax.process_count() == 1:
+                raise self._early()
+
+        return line
+
+    def _early(self) -> Interrupted:
+        return Interrupted(f"{self.name()}: stopped before training; the same command goes on")
 
     def name(self) -> str:
         """What this process was told to stop by; it may have been another that was."""

@@ -162,12 +162,13 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
             say(loop.finished(members))
             return state
     datas = [member.config.data for member in members]
+    heeding = signals.heeding(say)
     recordings, weight_NR = processes.together(
-        lambda: corpus.open_folds(datas, say), ValueError, OSError
+        lambda: corpus.open_folds(datas, heeding), ValueError, OSError
     )
     choosing = {
         data: processes.together(
-            functools.partial(corpus.open_corpus, data, "valid", say), ValueError, OSError
+            functools.partial(corpus.open_corpus, data, "valid", heeding), ValueError, OSError
         )
         for data in dict.fromkeys(datas)
     }
@@ -181,7 +182,7 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
     # Before anything is written: the held-out talkers' recordings may give no pair.
     for own in choosing.values():
         pairs.build_index(own, config.data.segment_seconds[0], config.data.min_loudness_lufs)
-    supply = batches.make_source(config, recordings, devices, say)
+    supply = batches.make_source(config, recordings, devices, heeding)
     own_supplies = [supply]
     if stacked:
         own_supplies = [

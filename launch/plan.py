@@ -127,7 +127,7 @@ def step_is(batch_pairs: int) -> str:
     """How `h100_step_s` comes by it."""
     (small, _), (large, _) = h100_steps()
     if batch_pairs in (small, large):
-        return "measured"
+        return "measured" if batch_pairs == large else "measured from the features on"
     return "between the two" if small < batch_pairs < large else "beyond the two, on their line"
 
 
@@ -388,6 +388,9 @@ def main() -> None:
     if given.time_reads is not None:
         print(json.dumps(time_reads(given.time_reads), indent=1))
         return
+    for name in ("hours", "core_share", "bucket_gbit_s", "memory_share", "dollars"):
+        if not math.isfinite(float(given[name].value or 0.0)):
+            raise ValueError(f"--{name}={given[name].value}: give a number")
     assumed = Assumed(
         given.hours,
         given.chips,

@@ -445,3 +445,19 @@ def test_saved_on_eight_devices_it_goes_on_on_one(cache, environment, tmp_path):
     for left, right in zip(figures(tmp_path / "one"), figures(workdir), strict=True):
         for name, value in left.items():
             np.testing.assert_allclose(right[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_told_to_stop_while_statistics_are_made_it_leaves_with_the_next_line(
+    configure, cache, tmp_path
+):
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("statistics of "):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(stopping.Interrupted, match="SIGTERM: stopped before training; the same"):
+        train.train(small(configure, cache, {}), tmp_path / "run", say)
+    assert sum(line.startswith("statistics of ") for line in lines) <= 2
+    assert not (tmp_path / "run" / "config.json").exists()

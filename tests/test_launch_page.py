@@ -136,6 +136,14 @@ def test_a_jobset_for_each_run(page: str, repo: Path, tmp_path: Path) -> None:
     assert len(made) <= len(runs) and "variant/db_mel_pm/0" not in {x[0] for x in members}
 
 
+@pytest.mark.parametrize("word", ["--hours=nan", "--bucket_gbit_s=inf"])
+def test_a_plan_needs_numbers(word: str, repo: Path) -> None:
+    words = [sys.executable, "launch/plan.py", word]
+    done = subprocess.run(words, cwd=repo, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"launch/plan.py: {word}: give a number\n"
+
+
 def plan_program(repo: Path) -> dict:
     return runpy.run_path(str(repo / "launch" / "plan.py"))
 
@@ -231,7 +239,7 @@ def test_a_device_has_its_part_of_the_batch(repo: Path) -> None:
         # The same batch on half the chips is twice as much for each.
         fewer = program["plan"](assumed._replace(batch_pairs=32 * part, chips=32))
         assert fewer.h100_step_s == pytest.approx(made.h100_step_s)
-        assert program["step_is"](part) == "measured"
+        assert program["step_is"](part).startswith("measured")
     between = program["plan"](assumed._replace(batch_pairs=64 * 544))  # in the middle of the two
     assert between.h100_step_s == pytest.approx((small + large) / 2e3)
     assert program["step_is"](544) == "between the two"

@@ -138,7 +138,8 @@ def chosen(members: list[Member], pattern: str) -> list[Member]:
 
 def changes(member: Member, base: config.Config) -> str:
     """What a member's settings change of the sweep's base, 'key: old -> new; ..'."""
-    return "; ".join(differing_keys(config.as_dict(base), config.as_dict(member.config)))
+    found = differing_keys(config.as_dict(base), config.as_dict(member.config))
+    return "; ".join(found) or "as the config"
 
 
 def units(chosen: list[Member], most: int) -> dict[str, list[Member]]:
