@@ -143,7 +143,7 @@ def properties(run: Run, trial: Trial) -> dict[str, float]:
     def rms(curve_nF: np.ndarray) -> float:
         return float(np.sqrt(np.mean(np.square(curve_nF))))
 
-    there = curves([(a, b) for a, b in trial.audio])
+    there = curves(trial.audio)
     back = curves([(b, a) for a, b in trial.audio])
     same = curves([(a, a) for a, _ in trial.audio])
     louder = curves([(10.0 * a, 0.1 * b) for a, b in trial.audio])

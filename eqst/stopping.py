@@ -22,9 +22,6 @@ class Interrupted(Exception):
     command goes on, and the exit code is `processes.EXIT_INTERRUPTED`."""
 
 
-# --- the loop ------------------------------------------------------------------------------------
-
-
 class Signals:
     """Remembers SIGTERM and SIGINT; a second SIGINT ends at once."""
 

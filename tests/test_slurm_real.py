@@ -194,7 +194,7 @@ def test_several_runs_as_one_program_are_requeued_together(
     assert follow.returncode == 0, follow.stdout + follow.stderr
     logs = [(work / name / "slurm.log").read_text() for name in names]
     events = [line.split(maxsplit=2)[2].partition(" on ")[0] for line in logs[0].splitlines()]
-    # Where Slurm requeues it first, by its own RequeueExit, that is noted.
+    # Seen once on a quick machine: scontrol says no, and Slurm has requeued it all the same.
     events = [x for x in events if x != "scontrol requeue refuses"]
     assert logs[0] == logs[1] and events == ["start 0", "end 137", "start 1", "end 0"]
     text = (work / names[0] / "log.txt").read_text()
