@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import itertools
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,8 +34,9 @@ START_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 1800, 55, 30
 LOOK_SECONDS, LOST_SECONDS = 3.0, 30.0
 DONE = "done"  # what a process that has come to its end says in place of a count
 EXIT_INTERRUPTED = 75  # "the same command goes on", to whatever starts processes
-# Process 0 takes the others with it, by an abort; when it fails it first lets them end in a line.
+# Without process 0 the others cannot speak; it leaves after them.
 LAST_WORDS_SECONDS = 3 * LOOK_SECONDS
+PARTING_SECONDS = 1.0  # from a process's last word to its exit, on a busy machine
 GONE, LEAVES, FAILED = "is gone", "leaves, as another is gone", "has failed and says why"
 START_AGAIN = "start all of them again, they go on from the last checkpoint"
 
@@ -43,6 +46,7 @@ WAIT_SECONDS = 10.0  # before it is said that others are waited for
 DAY_MS = 24 * 3600 * 1000  # a host may evaluate for longer than another; who is gone is seen
 
 _parting = threading.Event()  # this process has an error of its own to tell
+_on_abort: Any = None  # C keeps no reference to it
 
 Result = TypeVar("Result")
 
@@ -94,6 +98,8 @@ def join() -> None:
     if jax.process_count() > 1:
         # JAX has begun to listen to it, for its own way to stop, which is not ours.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if jax.process_index():
+            _catch_abort()
         ends = threading.Event()
         watcher = threading.Thread(target=_watch, args=(ends,), daemon=True)
         watcher.start()
@@ -158,15 +164,20 @@ def _on_tpu() -> bool:
 def _watch(ends: threading.Event) -> None:
     """Ends this process, with one line, when another has not been heard of for LOST_SECONDS.
 
-    JAX's own heartbeat does so too, with a page of C++ frames; where a process waits for numbers of
-    a lost one, gloo may raise before either. Every process counts up in the coordination service of
-    process 0, which alone reads the counts, so that a pod of a thousand hosts costs it a thousand
-    small requests each time; the others read whom it misses.
+    JAX's own heartbeat does so too, with a page of C++ frames, and at once where process 0 is lost
+    (see `_catch_abort`); where a process waits for numbers of a lost one, gloo may raise first.
+    Every process counts up in the coordination service of process 0, which alone reads the counts,
+    so that a pod of a thousand hosts costs it a thousand small requests each time; the others read
+    whom it misses.
     """
     client, me = _client(), jax.process_index()
     heard = dict.fromkeys(map(str, range(jax.process_count())), ("", time.monotonic()))
     for count in itertools.count():
         word = DONE if ends.wait(LOOK_SECONDS) else str(count)
+        # Where process 0 stands still, or its machine is gone, no call of the service comes back.
+        patience = threading.Timer(LOST_SECONDS, _leave_without_first)
+        patience.daemon = True
+        patience.start()
         try:
             _say(word)
             if word == DONE:
@@ -184,11 +195,46 @@ def _watch(ends: threading.Event) -> None:
             lost = client.key_value_dir_get("eqst/lost/")
         except Exception:  # the service has ended, or ends: JAX says so
             return
+        finally:
+            patience.cancel()
         # Of two that fail alike each has a moment to say so itself.
         if lost and not _parting.wait(LOOK_SECONDS / 3):
             line, code = _told(lost)
             os.write(2, f"{line}\n".encode())
             _leave(code)
+
+
+def _catch_abort() -> None:
+    """Has what JAX does at the loss of process 0, an abort, end in our line and our exit code.
+
+    The coordination service is then gone, and a thread of JAX's writes a page and aborts; the
+    callback that it offers in place of that cannot be called from Python (jaxlib 0.10). Python's
+    own handlers come too late: they run in the main thread, and an abort does not return.
+    """
+    global _on_abort
+    from jax._src import distributed  # there is no public name for it
+
+    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+
+    def on_abort(number: int) -> None:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), LOOK_SECONDS).close()
+        except OSError:
+            _leave_without_first()
+        # Another abort: it goes on when this returns.
+
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _on_abort = kind(on_abort)
+    c_signal = ctypes.CDLL(None).signal
+    c_signal.argtypes, c_signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
+    c_signal(signal.SIGABRT, _on_abort)
+
+
+def _leave_without_first() -> None:
+    """Ends this process, with the line of a lost process 0, which cannot be told of it."""
+    line, code = _told([("0", GONE)])
+    os.write(2, f"{line}\n".encode())
+    os._exit(code)
 
 
 def _told(lost: list[tuple[str, str]]) -> tuple[str, int]:
@@ -231,15 +277,25 @@ def _leave(code: int) -> None:
     """Ends this process at once; process 0 when the others have ended, or after a while."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # All is said; that a connection breaks from here on JAX would write all the same.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with contextlib.suppress(Exception):
         _say(DONE)
-        late = time.monotonic() + LAST_WORDS_SECONDS
-        while jax.process_index() == 0 and time.monotonic() < late:
-            words = [word for _, word in _client().key_value_dir_get("eqst/alive/")]
-            if words.count(DONE) == jax.process_count():
-                break
-            time.sleep(0.1)
+        if jax.process_index() == 0:
+            late = time.monotonic() + LAST_WORDS_SECONDS
+            while _others() and time.monotonic() < late:
+                time.sleep(0.1)
+            time.sleep(PARTING_SECONDS)
     os._exit(code)
+
+
+def _others() -> set[str]:
+    """Of the other processes, as process 0 knows them, those that are yet to end."""
+    alive = dict(_client().key_value_dir_get("eqst/alive/"))
+    lost = dict(_client().key_value_dir_get("eqst/lost/"))
+    ended = {key.rpartition("/")[2] for key, word in alive.items() if word == DONE}
+    gone = {key.rpartition("/")[2] for key, how in lost.items() if how == GONE}
+    return set(map(str, range(1, jax.process_count()))) - ended - gone
 
 
 def _say(word: str) -> None:

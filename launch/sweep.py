@@ -136,22 +136,16 @@ def _dry_lines(work: Work, base: config.Config) -> Iterator[str]:
             yield f"  {shlex.join(work.child(name))}"
 
 
-def _run_unit(workdir: epath.Path, every: list[members.Member]) -> None:
+def _run_unit(workdir: epath.Path, unit: list[members.Member]) -> None:
     """The body of a child: one unit, of which this may be one of several processes."""
     options = flags.FLAGS
-    by_name = {member.name: member for member in every}
-    names = options.member.split(",")
-    strange = [name for name in names if name not in by_name]
-    if strange:
-        raise ValueError(f"--member={strange[0]}: the sweep has no such run")
     processes.join()
     local.leave_with_parent()
     alone = jax.process_index() == 0 and "://" not in options.workdir
     attempt = os.environ.get("EQST_ATTEMPT", "")
-    unit = [by_name[name] for name in names]
     with explained(options.workdir), contextlib.ExitStack() as turns:
-        for name in names if alone else []:
-            turns.enter_context(turn.taken(pathlib.Path(workdir / name), attempt))
+        for member in unit if alone else []:
+            turns.enter_context(turn.taken(pathlib.Path(workdir / member.name), attempt))
         single.run_unit(workdir, unit, options.data, options.manifest)
 
 
@@ -370,6 +364,8 @@ def main() -> None:
     workdir = epath.Path(options.workdir)
     every = members.expand(_config_path(), options.config)
     chosen = members.chosen(every, options.only)
+    if options.member:
+        chosen = members.named(every, options.member)
     is_done = functools.partial(members.done, workdir, data=options.data, manifest=options.manifest)
     on_tpus, on_slurm = options.backend == "tpu", options.backend == "slurm"
     if on_tpus:
@@ -397,7 +393,7 @@ def main() -> None:
         return
     try:
         if options.member:
-            _run_unit(workdir, every)
+            _run_unit(workdir, chosen)
             return
         known = {}
         if options.known:

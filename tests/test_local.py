@@ -1,4 +1,4 @@
-"""eqst.sweeps.local with shells for runs: which GPU each of them is given."""
+"""eqst.sweeps.local with shells for runs: which GPU each of them is given, and how they end."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from eqst.stopping import Interrupted
 from eqst.sweeps import local
 
 # A run says what it sees; the first of several ends at once, the others when the last has begun.
@@ -115,3 +116,22 @@ def test_without_nvidias_gpus_nothing_changes(smi, tmp_path: Path, body: str | N
     if body:
         smi(body)
     assert seen(tmp_path / "w", "ab", jobs=2) == dict.fromkeys("ab", "all false")
+
+
+def test_a_run_that_does_not_save_in_time_is_killed_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(local, "SAVING_SECONDS", 1.0)
+    words = {"deaf": "trap '' TERM; while :; do sleep 0.1; done", "quick": "exec sleep 60"}
+    runs: list[Any] = [SimpleNamespace(name=name) for name in words]
+    with pytest.raises(Interrupted, match="minutes are over: 0 of 2 done"):
+        local.run_all(
+            tmp_path,
+            runs,
+            lambda run: False,
+            lambda name: ["bash", "-c", words[name]],
+            jobs=2,
+            minutes=0.02,
+        )
+    line = "deaf: had not saved after 1 s and was killed; it goes on from its last checkpoint\n"
+    assert capfd.readouterr().out == line

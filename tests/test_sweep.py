@@ -116,6 +116,8 @@ def test_wrong_changes_are_one_line(repo: Path, tmp_path: Path, config_file: Pat
         ([f"--config={config_file}", f"--known={config_file}"], "is no sweep.json"),
         ([f"--config={config_file}", "--gather"], "no run of the sweep is done yet"),
         ([f"--config={config_file}", "--jobs=0"], "--jobs=0"),
+        ([f"--config={config_file}", "--member=no/1"], "--member=no/1: the sweep has no such run"),
+        ([f"--config={config_file}", "--dry_run", "--member=no/1"], "--member=no/1"),
     ):
         done = run(repo, *words, f"--workdir={tmp_path / 'none'}")
         assert done.returncode == 1, words

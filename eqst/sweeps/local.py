@@ -18,6 +18,7 @@ from eqst.stopping import Interrupted
 from eqst.sweeps.members import Member
 
 TRIES = 2  # of a run that fails
+SAVING_SECONDS = 60.0  # for a run that was told to save and leave
 SMI_SECONDS = 60.0  # for the answer of nvidia-smi, which wakes a driver that sleeps
 
 
@@ -199,13 +200,15 @@ def _end(running: dict[str, _Child]) -> None:
     """Tells every run to save and leave, and waits for them."""
     for child in running.values():
         child.process.terminate()
-    deadline = time.monotonic() + 60
-    for child in running.values():
+    deadline = time.monotonic() + SAVING_SECONDS
+    for name, child in running.items():
         try:
             child.process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             child.process.kill()
             child.process.wait()
+            late = f"had not saved after {SAVING_SECONDS:.0f} s and was killed"
+            print(f"{name}: {late}; it goes on from its last checkpoint", flush=True)
 
 
 def _last_line(workdir: pathlib.Path, member: Member) -> str:

@@ -136,6 +136,19 @@ def chosen(members: list[Member], pattern: str) -> list[Member]:
     return chosen
 
 
+def named(members: list[Member], names: str) -> list[Member]:
+    """The members of names, with commas between them.
+
+    Raises:
+      ValueError: there is no such run.
+    """
+    by_name = {member.name: member for member in members}
+    for name in names.split(","):
+        if name not in by_name:
+            raise ValueError(f"--member={name}: the sweep has no such run, see --dry_run")
+    return [by_name[name] for name in names.split(",")]
+
+
 def changes(member: Member, base: config.Config) -> str:
     """What a member's settings change of the sweep's base, 'key: old -> new; ..'."""
     found = differing_keys(config.as_dict(base), config.as_dict(member.config))
