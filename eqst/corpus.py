@@ -13,6 +13,7 @@ talkers apart, and without either each example is a talker of its own.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -212,7 +213,14 @@ def parallel(
             yield result
     finally:
         if count > 1:
-            loky.get_reusable_executor(reuse=True).shutdown(kill_workers=done < len(tasks))
+            executor = loky.get_reusable_executor(reuse=True)
+            executor.shutdown(kill_workers=done < len(tasks))
+            # joblib has named folders that it has not made, and forgets such ones at exit alone:
+            # where this process leaves by `os._exit` it would warn of them.
+            with contextlib.suppress(AttributeError):  # another backend, or other internals
+                for folder in executor._temp_folder_manager._cached_temp_folders.values():
+                    os.makedirs(folder, exist_ok=True)
+                executor.terminate()
 
 
 def _synthetic_recording(task: tuple[int, int, float, int]) -> Recording:

@@ -22,6 +22,7 @@ from test_train import POOLED, TINY, silent
 from eqst import arrays, saving, seal, train
 from eqst.checkpoint import CheckpointError, Checkpoints
 from eqst.config import ConfigError
+from eqst.processes import START_AGAIN
 from eqst.seal import complete_steps
 
 
@@ -365,6 +366,18 @@ def test_kill_9_of_one_of_two_at_twenty_moments_ends_bitwise_equal(whole, cache,
     assert_same_run(whole, workdir)
     folder = workdir / "checkpoints" / "last"
     assert len(list(folder.iterdir())) == 2  # nothing half-written stays
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_of_two_killed_in_training_ends_the_other_in_a_line(killed, cache, tmp_path):
+    """Whatever finds out first: JAX, gloo, or our own look at who is there."""
+    with started(train_words(tmp_path / "run", cache, TWO), cache) as processes:
+        wait_for_line(processes[0], "step 20/")
+        processes[killed].kill()
+        _, err = processes[1 - killed].communicate(timeout=60)
+    assert processes[1 - killed].returncode == train.EXIT_INTERRUPTED, err
+    assert err.splitlines()[-1].endswith(f": {START_AGAIN}"), err
 
 
 @pytest.mark.long
