@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from eqst import chunking, command, config, corpus, layouts, lock, shards
+from eqst import chunking, command, config, corpus, layouts, lock, parallel, shards
 from eqst.files import write_atomically, write_json
 from eqst.layouts import Reject
 
@@ -46,7 +46,7 @@ def _duplicates(
     alike = [path for path in ordered if len(by_size[(root / path).stat().st_size]) > 1]
     first: dict[str, pathlib.Path] = {}
     rejected = []
-    checksums = corpus.parallel(
+    checksums = parallel.results(
         chunking.checksum, [root / x for x in alike], "comparing", say, workers, "files"
     )
     for path, checksum in zip(alike, checksums, strict=True):
@@ -63,7 +63,7 @@ def _write_shards(
     flat = [task for part in tasks.values() for task in part]
     last = {piece[0]: i for i, task in enumerate(flat) for piece in task.pieces}
     written: dict[str, list[dict[str, Any]]] = {split: [] for split in tasks}
-    results = corpus.parallel(chunking.write_shard, flat, "writing", say, workers, "shards")
+    results = parallel.results(chunking.write_shard, flat, "writing", say, workers, "shards")
     splits = [split for split, part in tasks.items() for _ in part]
     for i, (task, split, result) in enumerate(zip(flat, splits, results, strict=True)):
         written[split].append(result)
@@ -214,7 +214,7 @@ def _recordings(
     pending = [task for task in tasks if not chunking.facts_path(folder, task.number).exists()]
     if len(pending) < len(tasks):
         say(f"{len(tasks) - len(pending)} of {len(tasks)} recordings are made already")
-    for _ in corpus.parallel(
+    for _ in parallel.results(
         chunking.make_recording, pending, "reading", say, workers, "recordings"
     ):
         pass

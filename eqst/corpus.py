@@ -13,7 +13,6 @@ talkers apart, and without either each example is a talker of its own.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -21,14 +20,13 @@ import hashlib
 import inspect
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from eqst import audio, config, shards, synthetic, talkers
+from eqst import audio, config, parallel, shards, synthetic, talkers
 from eqst.store import HOPS_PER_SECOND, Corpus, CorpusError, Recording, load_store, make_store
 
 __all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus", "open_folds"]
@@ -182,47 +180,6 @@ def _join(parts: list[tuple[Corpus, float]]) -> Corpus:
     )
 
 
-def parallel(
-    function: Callable,
-    tasks: list,
-    name: str,
-    progress: Callable,
-    workers: int = 0,
-    things: str = "recordings",
-) -> Iterator:
-    """Results in order from `workers` processes (0: one per core), with a line every tenth.
-
-    The processes end with the results. They hold this one's stdout, and would for five minutes,
-    also where it is killed or leaves by `os._exit`: whoever reads it to its end would wait.
-    """
-    import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
-    from joblib.externals import loky
-
-    if not tasks:
-        return
-    # A worker whose memory has grown is replaced, and nothing is lost. Of that joblib warns, in the
-    # thread that all others wait for: where warnings are errors, they would wait for ever.
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    count, done = min(workers or os.cpu_count() or 1, len(tasks)), 0
-    jobs = joblib.Parallel(n_jobs=count, return_as="generator")
-    results = jobs(joblib.delayed(function)(task) for task in tasks)
-    try:
-        for done, result in enumerate(results, start=1):
-            if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
-                progress(f"{name}: {done} of {len(tasks)} {things}")
-            yield result
-    finally:
-        if count > 1:
-            executor = loky.get_reusable_executor(reuse=True)
-            executor.shutdown(kill_workers=done < len(tasks))
-            # joblib has named folders that it has not made, and forgets such ones at exit alone:
-            # where this process leaves by `os._exit` it would warn of them.
-            with contextlib.suppress(AttributeError):  # another backend, or other internals
-                for folder in executor._temp_folder_manager._cached_temp_folders.values():
-                    os.makedirs(folder, exist_ok=True)
-                executor.terminate()
-
-
 def _synthetic_recording(task: tuple[int, int, float, int]) -> Recording:
     seed, talker, seconds, sample_rate = task
     samples_T = synthetic.synthesise(seed, talker, seconds, sample_rate=sample_rate)
@@ -234,7 +191,7 @@ def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
     seed, seconds = data.synthetic_seed, data.synthetic_seconds
     facts = [hashlib.sha256(code.encode()).hexdigest(), seed, data.synthetic_talkers, seconds]
     tasks = [(seed, talker, seconds, data.sample_rate) for talker in range(data.synthetic_talkers)]
-    make = lambda: parallel(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
+    make = lambda: parallel.results(_synthetic_recording, tasks, "synthetic talkers", progress)  # noqa: E731
     return make_store(data, "synthetic", facts, make)
 
 
@@ -358,7 +315,7 @@ def _folder_store(
         (talker, [str(path) for path in paths], data.sample_rate)
         for talker, paths in talkers.items()
     ]
-    make = lambda: parallel(folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
+    make = lambda: parallel.results(folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
     store = make_store(data, "folder", facts, make)
     if official is not None:
         official = {f"folder/{talker}": split for talker, split in official.items()}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eqst import config, corpus, eq, float64, pairs, store, synthetic, talkers
+from eqst import config, corpus, eq, float64, pairs, parallel, store, synthetic, talkers
 
 SAMPLE_RATE = 44_100
 SEED = 20_200_504  # of every task's pairs: pair k has the same EQ in each of them
@@ -276,7 +276,7 @@ def open_recordings(
         facts = [[row.talker, row.sha256] for row in rows]
         work = corpus.folder_recording
     name = f"benchmark-{manifest.source}"
-    make = lambda: corpus.parallel(work, jobs, name, say, workers)  # noqa: E731
+    make = lambda: parallel.results(work, jobs, name, say, workers)  # noqa: E731
     return store.load_store(store.make_store(data, name, facts, make), manifest.source)
 
 

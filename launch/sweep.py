@@ -334,7 +334,9 @@ def _gather(
 ) -> None:
     """Writes and prints what is done."""
     content = outcomes.gather(
-        every, {**known, **{x.name: outcomes.outcome(workdir, x) for x in here}}
+        every,
+        {**known, **{x.name: outcomes.outcome(workdir, x) for x in here}},
+        flags.FLAGS.data,
     )
     workdir.mkdir(parents=True, exist_ok=True)
     card.write_whole(workdir / "sweep.json", files.json_text(content))

@@ -456,8 +456,8 @@ def test_a_worker_that_grows_is_replaced_even_where_warnings_are_errors(repo, tm
     pytest.importorskip("psutil", reason="joblib sees a worker's memory by psutil alone")
     (tmp_path / "grows.py").write_text(GROWS)
     words = (
-        "import grows; from eqst import corpus; "
-        "print(list(corpus.parallel(grows.job, list(range(12)), 'x', lambda line: None, 2)))"
+        "import grows; from eqst import parallel; "
+        "print(list(parallel.results(grows.job, list(range(12)), 'x', lambda line: None, 2)))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", words],

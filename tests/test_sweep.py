@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from eqst import card, config
 from eqst.sweeps import members, outcomes
@@ -210,12 +211,53 @@ def test_a_missing_first_run_costs_its_differences_alone(tmp_path: Path, config_
 
 
 def test_other_pairs_are_not_compared(tmp_path: Path, config_file: Path):
-    runs = members_of(config_file)
-    write_member(tmp_path / runs[0].name, runs[0], [1.0, 2.0], 2.0)
-    write_member(tmp_path / runs[1].name, runs[1], [1.0, 2.0, 3.0, 4.0], 2.0)
-    found = {m.name: outcomes.outcome(tmp_path, m) for m in runs[:2]}
-    with pytest.raises(ValueError, match="different pairs"):
-        outcomes.gather(runs, found)
+    """Another number of pairs costs a level its difference, and of two seeds the command."""
+    runs = {member.name: member for member in members_of(config_file)}
+    write_member(tmp_path / "head/grid/0", runs["head/grid/0"], [1.0, 2.0], 2.0)
+    other = "head/continuous/0"
+    write_member(tmp_path / other, runs[other], [1.0, 2.0, 3.0, 4.0], 2.0)
+    found = {
+        name: outcomes.outcome(tmp_path, x) for name, x in runs.items() if members.done(tmp_path, x)
+    }
+    content = outcomes.gather(list(runs.values()), found)
+    grid, continuous = content["tables"]["head"]
+    assert continuous["figures"]["plain 3 s"]["mean"] == 2.5
+    assert list(continuous["differences"]) == ["cross-validation"]
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(content))
+    known = outcomes.known_outcomes(outcomes.read_known(str(path)), list(runs.values()))
+    assert outcomes.gather(list(runs.values()), known)["tables"] == content["tables"]
+    write_member(tmp_path / "head/grid/1", runs["head/grid/1"], [1.0, 2.0, 3.0, 4.0], 2.0)
+    found["head/grid/1"] = outcomes.outcome(tmp_path, runs["head/grid/1"])
+    with pytest.raises(ValueError, match="head/grid/0 and head/grid/1 .* different pairs"):
+        outcomes.gather(list(runs.values()), found)
+
+
+@pytest.mark.parametrize(
+    "changes, own, folder",
+    [
+        ({"data.min_loudness_lufs": -30.0}, False, False),
+        ({"eq_table": "practical"}, False, False),
+        ({"evaluation.seed": 9}, False, False),
+        ({"data.synthetic_seconds": 50.0}, False, True),  # --data has no synthetic talkers
+        ({"data.protocol": "plain", "train.steps": 3}, True, True),
+    ],
+)
+def test_levels_with_other_held_out_material_have_no_difference(
+    changes: dict, own: bool, folder: bool, tmp_path: Path, config_file: Path
+) -> None:
+    """Talkers and numbers of pairs are alike here: the settings alone tell."""
+    runs = {member.name: member for member in members_of(config_file)}
+    settings = config_dict.ConfigDict(config.as_dict(runs["head/continuous/0"].config))
+    settings.update_from_flattened_dict(changes)
+    other = runs["head/continuous/0"]._replace(config=config.validate(settings))
+    runs["head/continuous/0"] = other
+    for name in ("head/grid/0", "head/continuous/0"):
+        write_member(tmp_path / name, runs[name], [1.0, 2.0, 3.0], 2.0)
+    found = {name: outcomes.outcome(tmp_path, runs[name]) for name in ("head/grid/0", other.name)}
+    for data, compared in (("", own), ("recordings", folder)):
+        _, row = outcomes.gather(list(runs.values()), found, data)["tables"]["head"]
+        assert ("plain 3 s" in row["differences"]) == compared, data
 
 
 @pytest.mark.long

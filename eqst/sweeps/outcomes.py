@@ -22,6 +22,10 @@ OTHER_PAIRS = re.compile(
     r"eq_table|data\.(sources|source_weights|manifest|permissive_only|folds|protocol"
     r"|segment_seconds|context_seconds|synthetic_.*|min_loudness_lufs|sample_rate)"
 )
+# Likewise its errors on held-out talkers, in a column of one protocol and length; --data, where it
+# is given, stands in the place of the run's own sources.
+OTHER_HELD_OUT = r"eq_table|evaluation\.(pairs|seed)|data\.(min_loudness_lufs|sample_rate)"
+OTHER_SOURCES = r"data\.(sources|source_weights|manifest|permissive_only|synthetic_.*)"
 
 
 class Outcome(NamedTuple):
@@ -75,7 +79,8 @@ def read_known(path: str) -> dict[str, Any]:
 def _stored(entry: dict[str, Any], content: dict[str, Any]) -> tuple[str, Outcome]:
     """One run of a sweep.json: the hash of its settings, what it came to."""
     errors = {name: [float(x) for x in text.split()] for name, text in entry["errors"].items()}
-    return entry["settings"], Outcome(errors, content["talkers"], entry["facts"])
+    talkers = (entry if "talkers" in entry else content)["talkers"]
+    return entry["settings"], Outcome(errors, talkers, entry["facts"])
 
 
 def known_outcomes(content: dict[str, Any], members: list[Member]) -> dict[str, Outcome]:
@@ -94,18 +99,25 @@ def known_line(content: dict[str, Any], known: int, members: list[Member]) -> st
     return f"{line}; its first run differs from this one's in {'; '.join(differing) or 'nothing'}"
 
 
-def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def gather(members: list[Member], outcomes: dict[str, Outcome], data: str = "") -> dict[str, Any]:
     """Tables of everything that is done.
 
+    Levels that were judged on other pairs than the first of their factor stand beside it, without a
+    difference.
+
+    Args:
+      members: of the sweep.
+      outcomes: of those that are done, by name.
+      data: the folder whose recordings they were judged on; "": their own held-out ones.
+
     Raises:
-      ValueError: nothing is done yet, or not everything was judged on the same pairs.
+      ValueError: nothing is done yet, or seeds of one level were judged on different pairs.
     """
     finished = [member for member in members if member.name in outcomes]
     if not finished:
         raise ValueError("no run of the sweep is done yet")
+    names = list(dict.fromkeys(name for x in finished for name in outcomes[x.name].columns))
     talkers = outcomes[finished[0].name].talkers
-    if any(outcomes[member.name].talkers != talkers for member in finished):
-        raise ValueError("the runs were judged on different pairs: give all the same --data")
     at = {place[:3]: member for member in finished for place in member.places}
     places = sorted((place for member in members for place in member.places), key=lambda x: x.order)
     order = dict.fromkeys((place.factor, place.level) for place in places)
@@ -119,15 +131,22 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
         if not seeds or factor in skipped:
             continue
         own = [at[factor, level, seed] for seed in seeds]
+        own_talkers = outcomes[own[0].name].talkers
+        for member in own[1:]:
+            if outcomes[member.name].talkers != own_talkers:
+                raise ValueError(
+                    f"{own[0].name} and {member.name} were judged on different pairs: give all "
+                    "seeds of a level the same --data"
+                )
         columns = {
             name: comparison.Level(
                 seeds,
                 np.array([outcomes[member.name].columns[name] for member in own]),
-                np.array(talkers[name]),
-                own[0].config.eq_table,  # whose labels the pairs have
+                np.array(own_talkers[name]),
+                _held_out_of(own[0], data),
                 _kind(own[0]),
             )
-            for name in talkers
+            for name in own_talkers
         }
         valid = [outcomes[member.name].facts["cross_validation_db"] for member in own]
         pairs = _pairs_of(own[0])
@@ -144,7 +163,7 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
         "machines": sorted({outcomes[member.name].facts["machine"] for member in finished}),
         "budget": _budget(finished),
         "data": _data(finished),
-        "columns": [*talkers, VALID],
+        "columns": [*names, VALID],
         "first_settings": result_settings(members[0].config),
         "tables": comparison.tables(levels),
         "talkers": talkers,
@@ -158,6 +177,11 @@ def gather(members: list[Member], outcomes: dict[str, Outcome]) -> dict[str, Any
                     name: " ".join(f"{x:.3f}" for x in errors)
                     for name, errors in outcomes[member.name].columns.items()
                 },
+                **(
+                    {}
+                    if outcomes[member.name].talkers == talkers
+                    else {"talkers": outcomes[member.name].talkers}
+                ),
             }
             for member in finished
         ],
@@ -168,8 +192,19 @@ def _pairs_of(member: Member) -> str:
     """What decides the pairs of train talkers that a run holds out, but for the fold (a seed's)."""
     own = config.as_dict(member.config)
     own["data"]["segment_seconds"] = own["data"]["segment_seconds"][:1]  # what is held out has this
-    lines = differing_keys(config.as_dict(config.Config()), own)
-    return "; ".join(line for line in lines if OTHER_PAIRS.match(line.split(":")[0]))
+    return _unusual(own, OTHER_PAIRS)
+
+
+def _held_out_of(member: Member, data: str) -> str:
+    """What decides the held-out talkers' pairs of a column, beside the recordings of `data`."""
+    which = OTHER_HELD_OUT if data else f"{OTHER_HELD_OUT}|{OTHER_SOURCES}"
+    return _unusual(config.as_dict(member.config), re.compile(which))
+
+
+def _unusual(settings: dict[str, Any], which: re.Pattern) -> str:
+    """Which of the settings named are not the defaults, and what they are."""
+    lines = differing_keys(config.as_dict(config.Config()), settings)
+    return "; ".join(line for line in lines if which.fullmatch(line.split(":")[0]))
 
 
 def _kind(member: Member) -> str:
