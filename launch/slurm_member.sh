@@ -1,8 +1,10 @@
 # The body of a batch script of `launch/sweep.py --backend=slurm` (eqst/sweeps/slurm.py), one element
 # of its job array: one run of the sweep, or several as one program (A,B), from wherever it stopped.
-# Above stand the variables: members, workdir, command, srun_options, max_restarts, max_crashes.
+# Above stand the variables: members, settings, workdir, command, srun_options, max_restarts,
+# max_crashes.
 # shellcheck shell=bash disable=SC2154
 member=${members[SLURM_ARRAY_TASK_ID]}
+unset SLURM_CLUSTERS SBATCH_CLUSTERS # where this is, Slurm's commands mean the job's own
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # of this element alone: the bare number may be all
 restart=${SLURM_RESTART_COUNT:-0}
 IFS=, read -ra names <<<"$member"
@@ -37,7 +39,8 @@ forward() {
   scancel --quiet --signal=TERM "$task.0" 2>/dev/null
 }
 trap forward TERM
-srun --kill-on-bad-exit=1 "${srun_options[@]}" "${command[@]}" --member="$member" >>"$folder/log.txt" 2>&1 &
+srun --kill-on-bad-exit=1 "${srun_options[@]}" "${command[@]}" --member="$member" \
+  --settings="${settings[SLURM_ARRAY_TASK_ID]}" >>"$folder/log.txt" 2>&1 &
 step=$!
 while
   told=

@@ -72,6 +72,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("gather", False, "Only gather what is done.")
     flags.DEFINE_bool("status", False, "Only say how far each run is.")
     flags.DEFINE_string("member", "", "Run this one alone, or A,B as one program: a child.")
+    flags.DEFINE_string("settings", "", "A child: what its runs' settings were when submitted.")
     flags.DEFINE_string(
         "sbatch", "", "slurm: more words for sbatch: '--gres=gpu:1 --time=4:00:00'."
     )
@@ -168,20 +169,26 @@ def _run_here(work: Work) -> list[str]:
 # --- Slurm
 
 
-def _slurm_sweep() -> slurm.Sweep:
-    """What is submitted, by the flags."""
+def _slurm_workdir() -> pathlib.Path:
     options = flags.FLAGS
     if "://" in options.workdir:
         raise ValueError(
             f"--workdir={options.workdir}: --backend=slurm needs a folder that all nodes share"
         )
+    return pathlib.Path(options.workdir).absolute()
+
+
+def _slurm_sweep(every: list[members.Member]) -> slurm.Sweep:
+    """What is submitted, by the flags."""
+    options = flags.FLAGS
     return slurm.Sweep(
-        pathlib.Path(options.workdir).absolute(),
+        _slurm_workdir(),
         [sys.executable, "-u", __file__, *given_words()],
         (pathlib.Path(__file__).parent / "slurm_member.sh").read_text(encoding="utf-8"),
         slurm.options("sbatch", options.sbatch),
         slurm.options("srun", options.srun),
         options.jobs if options["jobs"].present else None,
+        {member.name: members.settings_hash(member) for member in every},
     )
 
 
@@ -191,7 +198,7 @@ def _run_on_slurm(work: Work) -> list[str]:
     options = flags.FLAGS
     say = functools.partial(print, flush=True)
     array = slurm.Array(
-        _slurm_sweep(),
+        _slurm_sweep(todo),
         todo,
         is_done,
         lambda fresh: single.prepare(fresh, options.data, options.manifest),
@@ -312,7 +319,7 @@ def _rows(
     options = flags.FLAGS
     rows = [progress.read(workdir, x, options.data, options.manifest) for x in chosen]
     if options.backend == "slurm" and not alone:
-        rows = progress.told(rows, slurm.words(_slurm_sweep().workdir))
+        rows = progress.told(rows, slurm.words(_slurm_workdir()))
     return rows
 
 
@@ -368,6 +375,11 @@ def main() -> None:
     chosen = members.chosen(every, options.only)
     if options.member:
         chosen = members.named(every, options.member)
+        if options.settings not in ("", ",".join(map(members.settings_hash, chosen))):
+            raise ValueError(
+                f"--member={options.member}: {_config_path()} has changed what this run is since "
+                "it was submitted: take that back, or --cancel, and start the sweep again"
+            )
     is_done = functools.partial(members.done, workdir, data=options.data, manifest=options.manifest)
     on_tpus, on_slurm = options.backend == "tpu", options.backend == "slurm"
     if on_tpus:
@@ -381,13 +393,17 @@ def main() -> None:
                 print("\n".join(pool.dry_lines(_tpu_site(), plan, work.first())))
         if on_slurm:
             units = members.units(work.first(), options.replicas).values()
-            print(slurm.dry_text(_slurm_sweep(), [slurm.unit_name(unit) for unit in units]))
+            print(
+                slurm.dry_text(
+                    _slurm_sweep(work.first()), [slurm.unit_name(unit) for unit in units]
+                )
+            )
         return
     if options.status:
         _status(workdir, chosen)
         return
     if on_slurm and options.cancel:
-        jobs = slurm.cancel(slurm.submissions(_slurm_sweep().workdir))
+        jobs = slurm.cancel(slurm.submissions(_slurm_workdir()))
         print(f"cancelled: {', '.join(jobs) or 'nothing, there was none'}")
         return
     if on_tpus and options.cancel:

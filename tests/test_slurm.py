@@ -1,5 +1,6 @@
 """eqst.sweeps.slurm with commands that only record: what is submitted, and what never twice."""
 
+import collections
 import os
 import signal
 import subprocess
@@ -15,6 +16,9 @@ from test_sweep import CONFIG, RATES, members_of
 
 from eqst.sweeps import slurm
 
+# Of the settings of any run.
+ALIKE: dict[str, str] = collections.defaultdict(lambda: "hash")
+
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -28,7 +32,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def sweep_in(repo: Path, folder: Path, **changes: Any) -> slurm.Sweep:
     body = (repo / "launch" / "slurm_member.sh").read_text()
-    made = slurm.Sweep(folder, ["python", "-u", "launch/sweep.py"], body, [], [], None)
+    made = slurm.Sweep(folder, ["python", "-u", "launch/sweep.py"], body, [], [], None, ALIKE)
     return made._replace(**changes)
 
 
@@ -87,7 +91,8 @@ def test_nothing_is_submitted_twice(fake: Path, repo: Path, tmp_path: Path, runs
     array(sweep, runs, done).submit()
     name = slurm.submissions(tmp_path / "w")[0].name
     states = ("PENDING|Resources", "RUNNING|None", "COMPLETING|None", "SUSPENDED|None")
-    queue(fake, *(f"{name}|100|{i}|{state}" for i, state in enumerate(states)))
+    # The first line comes with SLURM_CLUSTERS.
+    queue(fake, "CLUSTER: c2", *(f"{name}|100|{i}|{state}" for i, state in enumerate(states)))
     assert array(sweep, runs, done).submit() == []
     assert len(calls(fake, "sbatch")) == 1
     assert f"--name={name}" in calls(fake, "squeue")[-1]
@@ -286,6 +291,9 @@ def test_without_slurm_and_with_wrong_words(
     for text in ("--array=0-3", "-a 0-3", "-J x", "-Jx", "--job-name=x", "'"):
         with pytest.raises(ValueError, match="^--sbatch="):
             slurm.options("sbatch", text)
+    for text in ("--clusters=c2", "--cluster c2", "-M c2", "-Mc2"):
+        with pytest.raises(ValueError, match="set SLURM_CLUSTERS"):
+            slurm.options("sbatch", text)
     (tmp_path / slurm.RECORD_NAME).write_text("[{")
     with pytest.raises(ValueError, match="slurm.json cannot be read"):
         slurm.submissions(tmp_path)
@@ -324,7 +332,7 @@ def test_an_element_that_is_done_or_fails(element, fake: Path, tmp_path: Path) -
     (words,) = calls(fake, "srun")
     assert words == [
         *("srun", "--kill-on-bad-exit=1", "--mpi=none", "python", "-u", "launch/sweep.py"),
-        "--member=head/b/0",
+        *("--member=head/b/0", "--settings=hash"),
     ]
     assert slurm.failures(tmp_path / "with space", "head/b/0") == 0
     for code in (1, 2, 139):
@@ -340,7 +348,9 @@ def test_an_element_of_several_runs_writes_into_each_log(
     workdir, names = tmp_path / "with space", ["head/b/1", "head/c/0", "head/c/1"]
     (fake / "srun.run").write_text("echo once; exit 75")
     assert element(index=2) == 0
-    assert calls(fake, "srun")[0][-1] == f"--member={','.join(names)}"
+    assert calls(fake, "srun")[0][-2:] == [
+        f"--member={','.join(names)}", "--settings=hash,hash,hash"
+    ]  # fmt: skip
     assert calls(fake, "scontrol") == [["scontrol", "requeue", "100_2"]]
     assert [(workdir / x / "log.txt").exists() for x in names] == [True, False, False]
     (fake / "srun.run").write_text("exit 1")

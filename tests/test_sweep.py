@@ -119,6 +119,10 @@ def test_wrong_changes_are_one_line(repo: Path, tmp_path: Path, config_file: Pat
         ([f"--config={config_file}", "--jobs=0"], "--jobs=0"),
         ([f"--config={config_file}", "--member=no/1"], "--member=no/1: the sweep has no such run"),
         ([f"--config={config_file}", "--dry_run", "--member=no/1"], "--member=no/1"),
+        (  # an element of an array, after the file was edited
+            [f"--config={config_file}", "--member=head/grid/0", "--settings=0123456789abcdef"],
+            f"{config_file} has changed what this run is since it was submitted",
+        ),
     ):
         done = run(repo, *words, f"--workdir={tmp_path / 'none'}")
         assert done.returncode == 1, words

@@ -36,6 +36,7 @@ ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
     "TIMEOUT".split()
 )
+CLUSTERS = ("--cluster", "-M")  # sbatch would send jobs where squeue does not look
 OURS = ("--array", "-a", "--job-name", "-J", "--wrap", "--parsable", "--test-only")
 
 
@@ -49,6 +50,7 @@ class Sweep(NamedTuple):
       sbatch: more words for sbatch.
       srun: more words for srun.
       jobs: elements at a time; None leaves it to Slurm.
+      settings: `members.settings_hash` of every run, by name.
     """
 
     workdir: pathlib.Path
@@ -57,6 +59,7 @@ class Sweep(NamedTuple):
     sbatch: list[str]
     srun: list[str]
     jobs: int | None
+    settings: dict[str, str]
 
 
 class Submission(NamedTuple):
@@ -88,7 +91,7 @@ def options(flag: str, text: str) -> list[str]:
     """The words of --sbatch or --srun.
 
     Raises:
-      ValueError: a quote is open, or an option is the sweep's own.
+      ValueError: a quote is open, or an option is the sweep's own, or of all of Slurm's commands.
     """
     try:
         words = shlex.split(text)
@@ -97,6 +100,11 @@ def options(flag: str, text: str) -> list[str]:
     for word in words:
         if word.startswith(OURS) if word.startswith("--") else word[:2] in OURS:
             raise ValueError(f"--{flag}={text}: {word} is the sweep's own: leave it out")
+        if word.startswith(CLUSTERS):
+            raise ValueError(
+                f"--{flag}={text}: {word} must hold for all of Slurm's commands: leave it out, and "
+                "set SLURM_CLUSTERS"
+            )
     return words
 
 
@@ -133,6 +141,7 @@ def script(sweep: Sweep, names: list[str]) -> str:
     lines = [
         "#!/bin/bash",
         array("members", names),
+        array("settings", [",".join(sweep.settings[x] for x in y.split(",")) for y in names]),
         f"workdir={shlex.quote(str(sweep.workdir))}",
         array("command", sweep.words),
         array("srun_options", sweep.srun),
@@ -265,6 +274,8 @@ def elements(record: list[Submission]) -> dict[str, Element]:
     found: dict[str, tuple[int, Element]] = {}
     rank = {entry.name: i for i, entry in enumerate(record)}
     for line in text.splitlines():
+        if line.count("|") < 4:  # of SLURM_CLUSTERS: which one
+            continue
         name, job, index, state, reason = line.strip().split("|", 4)
         if name not in by_name or not index.isdecimal():
             continue
