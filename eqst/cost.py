@@ -37,24 +37,30 @@ class Spent(NamedTuple):
     """What a run has taken so far, over all its interruptions; what was lost in one is not in it.
 
     Attributes:
-      seconds: in the training loop, compilation, evaluation and checkpoints included.
+      seconds: from the start, before stores are opened and statistics measured.
       device_seconds: the same times the devices that it ran on.
       waited: seconds of those in which the next batch was not there.
       steps: done in them.
+      aside: seconds of those that were no steps: what comes before the first, compilation,
+        evaluation, checkpoints.
     """
 
     seconds: float = 0.0
     device_seconds: float = 0.0
     waited: float = 0.0
     steps: int = 0
+    aside: float = 0.0
 
-    def plus(self, seconds: float, devices: float, waited: float, steps: int = 1) -> Spent:
+    def plus(
+        self, seconds: float, devices: float, waited: float, steps: int, aside: float
+    ) -> Spent:
         """After one more step, or several; members share the devices."""
         return Spent(
             self.seconds + seconds,
             self.device_seconds + seconds * devices,
             self.waited + waited,
             self.steps + steps,
+            self.aside + aside,
         )
 
 
@@ -94,19 +100,21 @@ def peak_flops(device: jax.Device) -> float | None:
 def summary(spent: Spent, cost: StepCost, batch_size: int, devices: list[jax.Device]) -> dict:
     """What a finished run leaves beside its record: JSON with names that carry units.
 
-    FLOP/s are over the whole loop, of the last segment length that was compiled.
+    Pairs and FLOP a second are those of steps alone; FLOP of the last segment length compiled.
     """
-    per_s = spent.steps / spent.seconds
+    step_seconds = spent.seconds - spent.aside
+    per_s = spent.steps / step_seconds
     flops = None if cost.flops is None else cost.flops * per_s
     peak = peak_flops(devices[0])
     return {
         "steps": spent.steps,
         "seconds": spent.seconds,
+        "step_seconds": step_seconds,
         "device_hours": spent.device_seconds / 3600,
         "devices": len(devices),
         "device": devices[0].device_kind,
         "pairs_per_s": per_s * batch_size,
-        "input_wait": spent.waited / spent.seconds,
+        "input_wait": spent.waited / step_seconds,
         "step_gflop_per_device": None if cost.flops is None else cost.flops / 1e9,
         "gflops_per_device": None if flops is None else flops / 1e9,
         "share_of_peak": None if flops is None or peak is None else flops / peak,
@@ -116,9 +124,10 @@ def summary(spent: Spent, cost: StepCost, batch_size: int, devices: list[jax.Dev
 def summary_line(facts: dict[str, Any]) -> str:
     """The same in a line."""
     line = (
-        f"{facts['steps']:,} steps in {clock(facts['seconds'])}: {facts['device_hours']:.2f} "
-        f"device-hours ({facts['devices']} x {facts['device']}), {facts['pairs_per_s']:,.0f} "
-        f"pairs/s, input wait {facts['input_wait']:.0%}"
+        f"{facts['steps']:,} steps in {clock(facts['step_seconds'])} of "
+        f"{clock(facts['seconds'])}: {facts['device_hours']:.2f} device-hours "
+        f"({facts['devices']} x {facts['device']}), {facts['pairs_per_s']:,.0f} pairs/s, input "
+        f"wait {facts['input_wait']:.0%}"
     )
     if facts["gflops_per_device"] is not None:
         line += f", {facts['gflops_per_device']:,.1f} GFLOP/s a device"

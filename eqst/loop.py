@@ -39,6 +39,7 @@ class Ready(NamedTuple):
       supply, valid: examples to train on, and fixed ones to judge by.
       held_out: whether the latter are of other talkers.
       take: (tree, i) -> the part of member i of a stacked tree.
+      began: when this command did, by time.monotonic().
     """
 
     devices: jax.sharding.Mesh
@@ -48,6 +49,7 @@ class Ready(NamedTuple):
     valid: batches.Weighed
     held_out: bool
     take: Callable[[Any, int], Any]
+    began: float
 
 
 def run(
@@ -158,7 +160,8 @@ def run(
     profile = _Profile(members[0].workdir, config.train.profile_steps, say)
     flags, asked = mesh.flags(ready.devices), np.asarray(False)
     stream = ready.supply.stream(start_step)
-    accounted = time.monotonic()
+    accounted = ready.began
+    aside = time.monotonic() - ready.began
     for step, count in _calls(start_step, steps, config.train.steps_per_call):
         before = time.monotonic()
         # In a call of several steps the first's number is enough: the others' follow from it.
@@ -172,6 +175,7 @@ def run(
             programs[which, count] = call_once.lower(*given, which, count).compile()
             step_cost = cost.of_step(programs[which, count], 1 if count == 1 else lengths)
             say(cost.step_line(step_cost, time.monotonic() - compiling))
+            aside += time.monotonic() - compiling
         profile.before(step - compiled)
         state, terms, asked = programs[which, count](*given)
         # The call before is read while this one runs.
@@ -187,25 +191,35 @@ def run(
             log.start_clock(done)
         last = done == steps
         profile.after(done - compiled, state)
-        now = time.monotonic()
-        spent = spent.plus(now - accounted, ready.devices.size / len(members), waited, count)
-        accounted = now
         for member in members:  # what is being saved may have failed meanwhile
             member.saved.check()
         if done % config.train.log_every == 0 or last:
             check(step, terms.loss)
             log.write(done)
-        if done % config.train.eval_every == 0 or last:
+        judged = done % config.train.eval_every == 0 or last
+        saves = done % config.train.checkpoint_every == 0 or last or leaving
+        if judged or saves:  # else these would wait for the step
+            jax.block_until_ready(state)
+        now = time.monotonic()
+        spent = spent.plus(now - accounted, ready.devices.size / len(members), waited, count, aside)
+        accounted, aside = now, 0.0
+        if judged:
             check(step, terms.loss)
             errors = np.atleast_1d(evaluate(state.ema, normalisation, ready.valid))
             log.write_errors(done, name, errors)
             for i in log.going:
                 tree = saved_tree(ready.take(state, i), ready.take(normalisation, i))
                 members[i].saved.save_best(done, tree["params"], float(errors[i]), wait=False)
-        if done % config.train.checkpoint_every == 0 or last or leaving:
+        if saves:
             check(step, terms.loss)
             ok = np.where(np.atleast_1d(finite(state.params)), 0.0, np.nan)
             check(step, ok, "a parameter is not finite")
+            if last:  # before the checkpoint that makes it the last
+                summary = cost.summary(
+                    spent, step_cost, config.train.batch_size, list(ready.devices.devices.flat)
+                )
+                for i in log.going:
+                    records[i].close(summary)
             for i in log.going:  # none is ever more than one checkpoint ahead of another
                 members[i].saved.wait("last")
             for i in log.going:
@@ -216,14 +230,12 @@ def run(
         if last or leaving:
             for i in log.going:
                 members[i].saved.wait()
+        aside += time.monotonic() - accounted
+        if last or leaving:
+            profile.close(state)
         if leaving and not last:
             raise Interrupted(f"{signals.name()}: saved at step {done}; the same command resumes")
-    facts = cost.summary(
-        spent, step_cost, config.train.batch_size, list(ready.devices.devices.flat)
-    )
-    for i in log.going:
-        records[i].close(facts)
-    say(cost.summary_line(facts))
+    say(cost.summary_line(summary))
     say(finished([members[i] for i in log.going]))
     if left_behind:
         raise FloatingPointError(
@@ -251,20 +263,32 @@ class _Profile:
     """A trace of some of the first steps, once compiled ones, for TensorBoard or XProf."""
 
     def __init__(self, workdir: epath.Path, steps: int, say: Callable[[str], None]) -> None:
-        self._folder, self._steps, self._say = workdir / "profile", steps, say
+        self._folder, self._say = workdir / "profile", say
+        self._steps = steps if jax.process_index() == 0 else 0  # 0: nothing is left to do
+        self._traced: int | None = None  # steps, once it is under way
 
     def before(self, number: int) -> None:
         """Before the step of this number, counted from the first without compilation."""
-        if self._steps and number == 0 and jax.process_index() == 0:
+        if self._steps and number == 0:
             jax.profiler.start_trace(self._folder)
+            self._traced = 0
 
     def after(self, count: int, state: learner.State) -> None:
         """After so many of them; a call's last one counts for all."""
-        if count >= self._steps > 0 and jax.process_index() == 0:
-            self._steps = 0
+        if self._traced is not None:
+            self._traced = count
+        if count >= self._steps > 0:
+            self.close(state)
+
+    def close(self, state: learner.State) -> None:
+        """At the end of the run, or of the steps that were asked for."""
+        if self._steps and not self._traced:
+            self._say("no profile: this run had no step left once all was compiled")
+        elif self._steps:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            self._say(f"profile of {count} steps: {self._folder} (tensorboard, or xprof)")
+            self._say(f"profile of {self._traced} steps: {self._folder} (tensorboard, or xprof)")
+        self._steps = 0
 
 
 def saved_tree(state: learner.State, normalisation: predictor.Normalisation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from ml_collections import config_flags
 
 from eqst import (
     batches,
+    card,
     checkpoint,
     command,
     corpus,
@@ -87,6 +89,7 @@ def train_together(
       FloatingPointError: at the end, for those left behind; at once if that is all of them.
       Interrupted: as `train`.
     """
+    began = time.monotonic()
     say = processes.of_first(say)
     plain = [json.loads(json.dumps(as_dict(config))) for config in configs]  # as the card has it
     _check_one_program(plain)
@@ -100,7 +103,7 @@ def train_together(
             loop.Member(config, folder, stack.enter_context(_checkpoints(config, folder)))
             for config, folder in zip(configs, folders, strict=True)
         ]
-        return _run(members, signals, say)
+        return _run(members, signals, say, began)
 
 
 def _checkpoints(config: Config, folder: epath.Path) -> checkpoint.Checkpoints:
@@ -123,10 +126,10 @@ def _check_one_program(plain: list[dict]) -> None:
 
 def _check_same_run(workdir: epath.Path, plain: dict) -> None:
     """Refuses a workdir of other settings."""
-    card = checkpoint.find_card(workdir)
-    if card is None:
+    found = checkpoint.find_card(workdir)
+    if found is None:
         return
-    old = as_dict(from_card(card["config"]))
+    old = as_dict(from_card(found["config"]))
     changed = differing_keys(json.loads(json.dumps(old)), plain)
     if changed:
         raise ConfigError(
@@ -136,7 +139,9 @@ def _check_same_run(workdir: epath.Path, plain: dict) -> None:
         )
 
 
-def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None]) -> State:
+def _run(
+    members: list[loop.Member], signals: Signals, say: Callable[[str], None], began: float
+) -> State:
     config, stacked = members[0].config, len(members) > 1
     devices = mesh.make_mesh(config.train.devices or None, config.train.fsdp, len(members))
     rules = mesh.Shardings.of(devices, stacked=stacked)
@@ -172,6 +177,18 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
         )
         for data in dict.fromkeys(datas)
     }
+    materials = [
+        _material(recordings, weight_R, choosing[data])
+        for weight_R, data in zip(weight_NR, datas, strict=True)
+    ]
+    if len(set(processes.gathered(zlib.crc32(json.dumps(materials).encode()) >> 1))) > 1:
+        raise ConfigError(
+            f"the processes see different recordings in {', '.join(config.data.sources)}: give "
+            "each machine the same files"
+        )
+    if resumed is not None:
+        for member, material in zip(members, materials, strict=True):
+            _check_same_material(member.workdir, material)
     folds = f", of which each member holds out its fold of {config.data.folds}"
     say(
         f"train: {len(recordings.talker_R)} recordings, {recordings.seconds() / 60:.1f} min"
@@ -192,7 +209,7 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
         supply = batches.of_members(own_supplies, functools.partial(mesh.placed, rules.own))
     take = _taker(one, rules, stacked)
     if resumed is None:
-        measured = _begin(members, own_supplies)
+        measured = _begin(members, own_supplies, materials)
         together = jax.tree.map(lambda *x: np.stack(x), *measured) if stacked else measured[0]
         normalisation = mesh.placed(rules.own, together)
         state = jax.jit(initial, out_shardings=where)(key)
@@ -207,22 +224,52 @@ def _run(members: list[loop.Member], signals: Signals, say: Callable[[str], None
     count = sum(x.size for x in jax.tree.leaves(one.params))
     many = f", {len(members)} of them in one program" if stacked else ""
     say(f"network: {count:,} parameters{many}{mesh.share_line(state)}")
-    ready = loop.Ready(devices, rules, where, supply, valid, held_out, take)
+    ready = loop.Ready(devices, rules, where, supply, valid, held_out, take, began)
     return loop.run(members, signals, say, ready, state, normalisation)
 
 
+def _material(recordings: corpus.Corpus, weight_R: np.ndarray, held_out: corpus.Corpus) -> dict:
+    """What is trained on and chosen by, as a card says it: alike on all machines, whose decoders
+    may differ in a sample's last bit, and whatever other members the program has."""
+
+    def lines(corpus: corpus.Corpus, which_R: np.ndarray) -> str:
+        return "\n".join(f"{corpus.talker_R[r]} {corpus.length_R[r]}" for r in which_R)
+
+    trained = np.flatnonzero(weight_R)
+    every = np.arange(len(held_out.talker_R))
+    text = f"{lines(recordings, trained)}\n\n{lines(held_out, every)}"
+    return {
+        "train": {"recordings": len(trained), "samples": int(recordings.length_R[trained].sum())},
+        "valid": {"recordings": len(every), "samples": int(held_out.length_R.sum())},
+        "digest": card.digest(text)[:16],
+    }
+
+
+def _check_same_material(workdir: epath.Path, material: dict) -> None:
+    """Refuses to go on with other recordings, some of which may have been held out before."""
+    old = checkpoint.find_card(workdir)
+    if old is None or "recordings" not in old or old["recordings"] == material:  # or an older run
+        return
+    changed = differing_keys(old["recordings"], material)
+    raise ConfigError(
+        f"{workdir} was begun with other recordings ({'; '.join(changed)}): put them back, or "
+        "choose another --workdir, which "
+        f"--config.train.init_from={workdir} starts from this run's weights"
+    )
+
+
 def _begin(
-    members: list[loop.Member], supplies: list[batches.Source]
+    members: list[loop.Member], supplies: list[batches.Source], materials: list[dict]
 ) -> list[predictor.Normalisation]:
     """Measures every member's normalisation and writes their cards."""
     table = dataclasses.asdict(eq.table(members[0].config.eq_table))
     measured = []
-    for member, own in zip(members, supplies, strict=True):
+    for member, own, material in zip(members, supplies, materials, strict=True):
         measured.append(batches.measure_normalisation(member.config, own))
         facts = {name: np.asarray(x).tolist() for name, x in measured[-1]._asdict().items()}
         plain = as_dict(member.config)
-        card = {"config": plain, "normalisation": facts, "band_table": table}
-        checkpoint.write_card(member.workdir, card)
+        own_card = {"config": plain, "normalisation": facts, "band_table": table}
+        checkpoint.write_card(member.workdir, {**own_card, "recordings": material})
     return measured
 
 
@@ -255,19 +302,26 @@ def _restore(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, places
     )
     steps: list[int] = []
+    newest: list[int] = []
     while len(set(steps)) != 1:
         at_most = min(steps) if steps else None
         found = [member.saved.restore(abstract, at_most=at_most) for member in members]
         if all(x is None for x in found):
             return None
         steps = [-1 if x is None else x[0] for x in found]
-        if -1 in steps and max(steps) == 0:  # ended between the first saves: nothing is lost
+        newest = newest or steps
+        if -1 in newest and max(newest) == 0:  # ended between the first saves: nothing is lost
             return None
         if -1 in steps or at_most is not None and min(steps) == at_most != max(steps):
             raise ConfigError(
-                f"the members are at steps {', '.join(map(str, steps))} (-1: none that will do) "
-                "and have none in common: train those ahead or behind by themselves"
+                f"the members are at steps {', '.join(map(str, newest))} (-1: at none) and have "
+                "none in common: train those ahead or behind by themselves"
             )
+    pending = [_unlogged(member) for member in members]
+    if any(x != pending[0] for x in pending):
+        raise ConfigError(
+            "the members were saved with different train.log_every: train each by itself first"
+        )
     parts = []
     for x in found:
         assert x is not None
@@ -281,6 +335,12 @@ def _restore(
         jax.jit(_stack, out_shardings=where)(*states),
         jax.jit(_stack, out_shardings=rules.own)(*normalisations),
     )
+
+
+def _unlogged(member: loop.Member) -> list[int]:
+    """The steps of a restored checkpoint that are in no line of the record yet."""
+    notes = member.saved.notes
+    return [step for step, _ in notes["unlogged"]] if "unlogged" in notes else []
 
 
 @contextlib.contextmanager

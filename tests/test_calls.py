@@ -86,7 +86,7 @@ def test_the_loss_curve_is_that_of_single_steps(lengths, cache, curve, tmp_path)
     assert sum(line.startswith("a step, on a device: ") for line in lines) == 1
     facts = json.loads((tmp_path / "several" / "summary.json").read_text())
     assert facts["steps"] == STEPS
-    assert facts["pairs_per_s"] == pytest.approx(STEPS * 8 / facts["seconds"])
+    assert facts["pairs_per_s"] == pytest.approx(STEPS * 8 / facts["step_seconds"])
     one = json.loads((tmp_path / "single" / "summary.json").read_text())
     if not lengths:  # of several the figure is of the one compiled last, or of their mean
         flops = [x["step_gflop_per_device"] for x in (one, facts)]

@@ -55,15 +55,16 @@ def test_the_peak_is_of_the_right_chip(kind: str, tera: float | None) -> None:
 
 def test_the_summary_is_arithmetic_of_what_was_spent() -> None:
     chips: list[Any] = [Chip("TPU v4")] * 4
-    spent = cost.Spent(seconds=100.0, device_seconds=400.0, waited=5.0, steps=50)
+    spent = cost.Spent(seconds=100.0, device_seconds=400.0, waited=2.5, steps=50, aside=50.0)
     facts = cost.summary(spent, cost.StepCost(2.75e12, 1, 1), 64, chips)
     assert facts["device_hours"] == pytest.approx(400 / 3600)
-    assert facts["pairs_per_s"] == pytest.approx(32.0)
+    assert facts["step_seconds"] == 50.0  # what is aside is no step
+    assert facts["pairs_per_s"] == pytest.approx(64.0)
     assert facts["input_wait"] == pytest.approx(0.05)
-    assert facts["share_of_peak"] == pytest.approx(2.75e12 * 0.5 / 275e12)
+    assert facts["share_of_peak"] == pytest.approx(2.75e12 / 275e12)
     line = cost.summary_line(facts)
-    assert "50 steps in 1:40: 0.11 device-hours (4 x TPU v4), 32 pairs/s" in line
-    assert "1,375.0 GFLOP/s a device (0.5% of its peak in bf16)" in line
+    assert "50 steps in 0:50 of 1:40: 0.11 device-hours (4 x TPU v4), 64 pairs/s" in line
+    assert "2,750.0 GFLOP/s a device (1.0% of its peak in bf16)" in line
     unknown = cost.summary(spent, cost.StepCost(None, None, None), 64, chips)
     assert unknown["share_of_peak"] is None and "FLOP" not in cost.summary_line(unknown)
 
@@ -89,7 +90,9 @@ def test_a_run_says_what_it_costs_and_leaves_its_profile(configure, tmp_path: Pa
     # The first two steps and their time come from the checkpoint.
     assert facts["steps"] == 6 and facts["devices"] == 2
     assert facts["device_hours"] == pytest.approx(2 * facts["seconds"] / 3600)
-    assert facts["pairs_per_s"] == pytest.approx(6 * 8 / facts["seconds"])
+    assert facts["pairs_per_s"] == pytest.approx(6 * 8 / facts["step_seconds"])
+    # Statistics, compilation and checkpoints are what takes the time here.
+    assert 0.0 < facts["step_seconds"] < 0.5 * facts["seconds"]
     assert 0.0 <= facts["input_wait"] < 1.0 and facts["step_gflop_per_device"] > 0
     assert lines[-2].startswith("6 steps in ")
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
@@ -97,3 +100,18 @@ def test_a_run_says_what_it_costs_and_leaves_its_profile(configure, tmp_path: Pa
     # Neither profiling nor stopping is seen in what was learnt.
     train.train(configure(changes), tmp_path / "whole", silent)
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+@pytest.mark.long
+def test_a_run_that_ends_before_its_profile_leaves_what_there_is_and_says_so(
+    configure, tmp_path: Path
+) -> None:
+    changes = TINY | POOLED | {"data.cache_dir": str(tmp_path / "cache"), "train.devices": 1}
+    lines: list[str] = []
+    short = changes | {"train.steps": 3, "train.profile_steps": 20}
+    train.train(configure(short), tmp_path / "run", lines.append)
+    assert any(line.startswith("profile of 2 steps: ") for line in lines)
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+    train.train(configure(short | {"train.steps": 1}), tmp_path / "one", lines.append)
+    assert "no profile: this run had no step left once all was compiled" in lines
+    assert not (tmp_path / "one" / "profile").exists()

@@ -250,6 +250,10 @@ def test_a_member_that_diverges_is_left_behind_alone(cache, tmp_path):
     assert all(np.isfinite(losses(folders[1])))
     train.train(configs[0], tmp_path / "alone", silent)
     assert_same_run(tmp_path / "alone", folders[0])
+    # Together they have no step in common to go on from: nothing of the first is begun anew.
+    with pytest.raises(config.ConfigError, match="are at steps 40, 0 .* none in common"):
+        train.train_together(configs, folders, silent)
+    assert_same_run(tmp_path / "alone", folders[0])
 
 
 def test_members_that_cannot_share_a_program_are_refused(cache, tmp_path):

@@ -158,6 +158,36 @@ def test_other_settings_on_a_workdir_are_refused_with_the_keys(configure, cache,
         train.train(configure(made | {"train.learning_rate": 0.5}), tmp_path, silent)
 
 
+def test_other_recordings_than_it_began_with_are_refused(configure, bursts, tmp_path, monkeypatch):
+    """Else a talker that the best checkpoint was chosen by might now be trained on."""
+    for talker in range(12):
+        (tmp_path / f"talk/t{talker}").mkdir(parents=True)
+        file = tmp_path / f"talk/t{talker}/a.wav"
+        soundfile.write(file, 0.1 * bursts(talker, 6.0, 16000), 16000)
+    own = {"data.sources": (f"folder:{tmp_path / 'talk'}",), "data.sample_rate": 16000}
+    own |= {"data.cache_dir": str(tmp_path / "cache"), "data.dev_share": 0.0}
+    made = configure(TINY | POOLED | own | {"train.devices": 1})
+
+    def stop_at_4(line: str) -> None:
+        if line.startswith("step 4/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(made, tmp_path / "run", stop_at_4)
+    (tmp_path / "talk/t5").rename(tmp_path / "t5")
+    with pytest.raises(config.ConfigError, match=r"other recordings \(.*digest: \w+ -> \w+"):
+        train.train(made, tmp_path / "run", silent)
+    (tmp_path / "t5").rename(tmp_path / "talk/t5")
+    lines: list[str] = []
+    train.train(made, tmp_path / "run", lines.append)
+    assert "resumed at step 2 of 6" in lines
+    # Of several processes all see the same.
+    answers = iter([np.array([1, 1]), np.array([1, 2])])
+    monkeypatch.setattr(train.processes, "gathered", lambda number: next(answers))
+    with pytest.raises(config.ConfigError, match="the processes see different recordings in fold"):
+        train.train(made, tmp_path / "other", silent)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(configure, cache, tmp_path, monkeypatch):
     made = configure(TINY | POOLED | {"data.cache_dir": str(cache)})
     real = objective.pair_terms
