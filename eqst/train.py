@@ -312,10 +312,13 @@ def _restore(
         newest = newest or steps
         if -1 in newest and max(newest) == 0:  # ended between the first saves: nothing is lost
             return None
-        if -1 in steps or at_most is not None and min(steps) == at_most != max(steps):
+        # Killed between two saves they are one checkpoint apart. One further behind has diverged,
+        # and would cost the others what they have done since.
+        apart = max(newest) - min(newest) > config.train.checkpoint_every
+        if -1 in steps or apart or at_most is not None and min(steps) == at_most != max(steps):
             raise ConfigError(
                 f"the members are at steps {', '.join(map(str, newest))} (-1: at none) and have "
-                "none in common: train those ahead or behind by themselves"
+                "none in common to go on from: train those ahead or behind by themselves"
             )
     pending = [_unlogged(member) for member in members]
     if any(x != pending[0] for x in pending):

@@ -237,8 +237,10 @@ def test_members_that_were_killed_between_their_saves_go_on_from_the_step_they_s
 
 
 @pytest.mark.long
-def test_a_member_that_diverges_is_left_behind_alone(cache, tmp_path):
-    longer = {"train.steps": 40, "train.warmup_steps": 0}
+@pytest.mark.parametrize("every", [2, 20], ids=["after a checkpoint", "before the first"])
+def test_a_member_that_diverges_is_left_behind_alone(every, cache, tmp_path):
+    longer = {"train.steps": 40, "train.warmup_steps": 0, "train.checkpoint_every": every}
+    longer |= {"train.keep_newest": 3}
     wild = {"seed": 1, "train.weight_decay": 9.0, "train.learning_rate": 9.0}  # w <- -80 w
     configs = [settings(cache, POOLED, longer, x) for x in (MEMBERS[0], wild)]
     folders = [tmp_path / f"run/{i}" for i in range(2)]
@@ -251,7 +253,8 @@ def test_a_member_that_diverges_is_left_behind_alone(cache, tmp_path):
     train.train(configs[0], tmp_path / "alone", silent)
     assert_same_run(tmp_path / "alone", folders[0])
     # Together they have no step in common to go on from: nothing of the first is begun anew.
-    with pytest.raises(config.ConfigError, match="are at steps 40, 0 .* none in common"):
+    behind = "0" if every == 20 else "8"
+    with pytest.raises(config.ConfigError, match=f"are at steps 40, {behind} .* none in common"):
         train.train_together(configs, folders, silent)
     assert_same_run(tmp_path / "alone", folders[0])
 
