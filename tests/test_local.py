@@ -203,15 +203,16 @@ def test_only_what_a_sweep_has_started_leaves_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that a person has started outlives the shell that it came from."""
-    out = tmp_path / "out"
-    words = ["bash", "-c", '"$@" >$0 2>&1 &', str(out), sys.executable, "-c", WATCHED]
+    shell = ["bash", "-c", '"$@" &', "shell", sys.executable, "-c", WATCHED]  # which ends at once
     monkeypatch.delenv(local.PARENT, raising=False)
-    subprocess.run([*words, "4"], check=True)  # the shell ends at once
-    wait_for(lambda: out.read_text() == "stayed\n")
+    with open(tmp_path / "alone", "w") as out:
+        subprocess.run([*shell, "4"], check=True, stdout=out, stderr=out)
     # Of a sweep: its parent is named, and has another number by now.
     monkeypatch.setenv(local.PARENT, str(os.getpid()))
-    subprocess.run([*words, "60"], check=True)
-    wait_for(lambda: out.read_text() == "told to leave\n")
+    with open(tmp_path / "child", "w") as out:
+        subprocess.run([*shell, "60"], check=True, stdout=out, stderr=out)
+    wait_for(lambda: (tmp_path / "child").read_text() == "told to leave\n")
+    wait_for(lambda: (tmp_path / "alone").read_text() == "stayed\n")
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
