@@ -24,8 +24,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
 
-def _said(error: BaseException) -> str:
-    """What an error says; of the system's, the file first."""
+def said(error: BaseException) -> str:
+    """What an error says, for a person; of the system's, the file first."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -100,11 +100,11 @@ def start(name: str, define_flags: Callable[[], None], body: Callable[[], None])
     try:
         body()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        _exit(name, _said(error))
+        _exit(name, said(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _exit(name, f"out of memory, make batches smaller ({_said(error)[:200]})")
+        _exit(name, f"out of memory, make batches smaller ({said(error)[:200]})")
     except KeyboardInterrupt:
         _exit(name, "interrupted")
 
@@ -130,7 +130,7 @@ def _parse(own: list[str]) -> str | None:
     except flags.Error as error:
         return _wrong_flag(error)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # ml_collections'
-        return _said(error)
+        return said(error)
     if len(rest) > 1:
         return unexpected.format(rest[1])
     for name in own:
@@ -205,7 +205,7 @@ def _config_file_mistake(path: str) -> str | None:
             return f"--config={file} has no function get_config: see configs/ for how it looks"
         made = inside["get_config"](*([argument] if colon else []))
     except Exception as error:  # it is a program, which may raise anything
-        return f"--config={path} fails ({type(error).__name__}: {_said(error)}): mend it"
+        return f"--config={path} fails ({type(error).__name__}: {said(error)}): mend it"
     if not hasattr(made, "to_dict"):
         return f"--config={path}: get_config() gives a {type(made).__name__}, not a ConfigDict"
     return None

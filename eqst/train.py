@@ -91,13 +91,13 @@ def train_together(
     """
     began = time.monotonic()
     say = processes.of_first(say)
-    plain = [json.loads(json.dumps(as_dict(config))) for config in configs]  # as the card has it
+    plain = [_as_card(config) for config in configs]
     _check_one_program(plain)
     if len(set(processes.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
         raise ConfigError("the processes were started with different settings: give all the same")
     folders = [epath.Path(workdir) for workdir in workdirs]
-    for folder, own in zip(folders, plain, strict=True):
-        _check_same_run(folder, own)
+    for folder, config in zip(folders, configs, strict=True):
+        check_same_run(folder, config)
     with contextlib.ExitStack() as stack, Signals() as signals:
         members = [
             loop.Member(config, folder, stack.enter_context(_checkpoints(config, folder)))
@@ -124,13 +124,22 @@ def _check_one_program(plain: list[dict]) -> None:
         raise ConfigError("members of one program need --config.data.pipeline=resident")
 
 
-def _check_same_run(workdir: epath.Path, plain: dict) -> None:
-    """Refuses a workdir of other settings."""
+def _as_card(config: Config) -> dict:
+    """The settings as a card has them."""
+    return json.loads(json.dumps(as_dict(config)))
+
+
+def check_same_run(workdir: epath.Path, config: Config) -> None:
+    """Refuses a workdir of other settings.
+
+    Raises:
+      ConfigError: its card has others.
+      CheckpointError: its card is damaged.
+    """
     found = checkpoint.find_card(workdir)
     if found is None:
         return
-    old = as_dict(from_card(found["config"]))
-    changed = differing_keys(json.loads(json.dumps(old)), plain)
+    changed = differing_keys(_as_card(from_card(found["config"])), _as_card(config))
     if changed:
         raise ConfigError(
             f"{workdir} holds a run with other settings ({'; '.join(changed)}); "

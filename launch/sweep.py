@@ -13,10 +13,10 @@ far they are, at any time.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import pathlib
+import re
 import shlex
 import sys
 import tempfile
@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -44,7 +43,6 @@ from eqst.sweeps import (
     queued,
     single,
     slurm,
-    turn,
 )
 from eqst.train import explained
 
@@ -101,7 +99,8 @@ def _config_path() -> str:
 
 def given_words() -> list[str]:
     """What this command was given, as its children are."""
-    return [word for word in sys.argv[1:] if word != "--dry_run"]
+    dry_run = re.compile(r"--?(no)?dry_run(=.*)?")  # as absl takes it
+    return [word for word in sys.argv[1:] if not dry_run.fullmatch(word)]
 
 
 class Work(NamedTuple):
@@ -109,32 +108,42 @@ class Work(NamedTuple):
 
     Attributes:
       units: runs that are started together, by the name of the first.
-      is_done: whether a unit, named by its first run, has left all that it should.
+      is_run_done: whether a run has left all that it should.
     """
 
     units: dict[str, list[members.Member]]
-    is_done: Callable[[members.Member], bool]
+    is_run_done: Callable[[members.Member], bool]
+
+    def is_done(self, first: members.Member) -> bool:
+        """Whether all of a unit is, which is named by its first run."""
+        return all(map(self.is_run_done, self.units[first.name]))
 
     def first(self) -> list[members.Member]:
         """The first run of each unit, which stands for it."""
         return [unit[0] for unit in self.units.values()]
 
     def words(self, name: str) -> list[str]:
-        """What is added to this command for the unit of a name."""
-        return [*given_words(), f"--member={','.join(x.name for x in self.units[name])}"]
+        """What this command is given for the unit of a name."""
+        return _words(self.units[name])
 
-    def child(self, name: str) -> list[str]:
-        """The words of the command that runs a unit on this machine."""
-        return [sys.executable, "-u", __file__, *self.words(name)]
+
+def _words(unit: list[members.Member]) -> list[str]:
+    """What this command is given to run a unit."""
+    return [*given_words(), f"--member={','.join(member.name for member in unit)}"]
+
+
+def _child(unit: list[members.Member]) -> list[str]:
+    """The words of the command that runs a unit on this machine."""
+    return [sys.executable, "-u", __file__, *_words(unit)]
 
 
 def _dry_lines(work: Work, base: config.Config) -> Iterator[str]:
     """What each run changes of the config, and the command that would run it."""
-    for name, unit in work.units.items():
+    for unit in work.units.values():
         for member in unit:
             yield f"{member.name}: {members.changes(member, base)}"
         if flags.FLAGS.backend == "local":
-            yield f"  {shlex.join(work.child(name))}"
+            yield f"  {shlex.join(_child(unit))}"
 
 
 def _run_unit(workdir: epath.Path, unit: list[members.Member]) -> None:
@@ -142,28 +151,26 @@ def _run_unit(workdir: epath.Path, unit: list[members.Member]) -> None:
     options = flags.FLAGS
     processes.join()
     local.leave_with_parent()
-    alone = jax.process_index() == 0 and "://" not in options.workdir
     attempt = os.environ.get("EQST_ATTEMPT", "")
-    with explained(options.workdir), contextlib.ExitStack() as turns:
-        for member in unit if alone else []:
-            turns.enter_context(turn.taken(pathlib.Path(workdir / member.name), attempt))
-        single.run_unit(workdir, unit, options.data, options.manifest)
+    with explained(options.workdir):
+        single.run_unit(workdir, unit, options.data, options.manifest, attempt)
 
 
 def _run_here(work: Work) -> list[str]:
-    """Runs units as processes of this machine; the names of those that failed."""
+    """Runs units as processes of this machine; the names of those of which some run failed."""
     options = flags.FLAGS
     if "://" in options.workdir:
         raise ValueError(f"--workdir={options.workdir}: --backend=local needs a folder")
     single.prepare(work.first(), options.data, options.manifest)
-    return local.run_all(
+    failed = local.run_all(
         pathlib.Path(options.workdir),
-        work.first(),
-        work.is_done,
-        work.child,
+        list(work.units.values()),
+        work.is_run_done,
+        _child,
         jobs=options.jobs,
         minutes=options.minutes,
     )
+    return [name for name, unit in work.units.items() if any(x.name in failed for x in unit)]
 
 
 # --- Slurm
@@ -363,8 +370,7 @@ def _gather(
 def _work(todo: list[members.Member], is_done: Callable[[members.Member], bool]) -> Work:
     """Runs to do, in units of --replicas; on Slurm each by itself, until they are submitted."""
     together = 1 if flags.FLAGS.backend == "slurm" else flags.FLAGS.replicas
-    units = members.units(todo, together)
-    return Work(units, lambda member: all(is_done(x) for x in units[member.name]))
+    return Work(members.units(todo, together), is_done)
 
 
 def main() -> None:
@@ -431,7 +437,12 @@ def main() -> None:
         print(event, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     if not on_slurm or options.wait or options.gather or not todo:  # else they have only begun
-        _gather(workdir, every, known, [member for member in every if is_done(member)])
+        try:
+            _gather(workdir, every, known, [member for member in every if is_done(member)])
+        except (ValueError, OSError) as error:
+            if not failed:
+                raise
+            print(f"nothing is gathered: {command.said(error)}", flush=True)
     if failed:
         text = f"{len(failed)} of {len(chosen)} runs failed: {', '.join(failed)}"
         way_out = "; --retry submits them again" if on_slurm else ""

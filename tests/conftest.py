@@ -50,6 +50,7 @@ SLOWEST_FIRST = (
     "test_bayes",
     "test_storage",
     "test_replicas",
+    "test_units",
     "test_shared_corpus",
     "test_calls",
     "test_speed",

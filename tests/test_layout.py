@@ -55,8 +55,8 @@ ORDER = (
     *("match", "evaluate", "triples", "accuracy", "timing", "rivals", "contests"),
     *("scaling", "throughput", "speed"),
     # a sweep's runs
-    *("sweeps.spaces", "sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
-    *("sweeps.turn", "sweeps.progress", "sweeps.slurm"),
+    *("sweeps.spaces", "sweeps.members", "sweeps.turn", "sweeps.single", "sweeps.local"),
+    *("sweeps.outcomes", "sweeps.progress", "sweeps.slurm"),
     *("sweeps.bucket", "sweeps.clone", "sweeps.gcloud", "sweeps.queued", "sweeps.pool"),
     # the open benchmark
     *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),

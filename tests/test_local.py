@@ -1,7 +1,11 @@
 """eqst.sweeps.local with shells for runs: which GPU each of them is given, and how they end."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,9 +61,9 @@ def seen(workdir: Path, names: str, *, jobs: int, first: str = "") -> dict[str, 
     runs: list[Any] = [SimpleNamespace(name=name) for name in names]
     failed = local.run_all(
         workdir,
-        runs,
+        [[run] for run in runs],
         lambda run: (workdir / run.name / "seen").exists(),
-        lambda name: ["bash", "-c", RUN, "run", str(workdir), name, first, names[-1]],
+        lambda unit: ["bash", "-c", RUN, "run", str(workdir), unit[0].name, first, names[-1]],
         jobs=jobs,
         minutes=0.0,
     )
@@ -127,11 +131,97 @@ def test_a_run_that_does_not_save_in_time_is_killed_and_named(
     with pytest.raises(Interrupted, match="minutes are over: 0 of 2 done"):
         local.run_all(
             tmp_path,
-            runs,
+            [[run] for run in runs],
             lambda run: False,
-            lambda name: ["bash", "-c", words[name]],
+            lambda unit: ["bash", "-c", words[unit[0].name]],
             jobs=2,
             minutes=0.02,
         )
     line = "deaf: had not saved after 1 s and was killed; it goes on from its last checkpoint\n"
     assert capfd.readouterr().out == line
+
+
+def swept(workdir: Path, units: list[str], body: str) -> list[str]:
+    """What has failed of units of runs of one letter each; `body` is given the unit's, in $1."""
+    runs: list[Any] = [[SimpleNamespace(name=name) for name in unit] for unit in units]
+    return local.run_all(
+        workdir,
+        runs,
+        lambda run: (workdir / run.name / "done").exists(),
+        lambda unit: ["bash", "-c", f"cd {workdir}; {body}", "run", "".join(x.name for x in unit)],
+        jobs=1,
+        minutes=0.0,
+    )
+
+
+def test_what_a_program_leaves_undone_is_tried_again_run_by_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """a alone is at fault: its program ends before b is done, and so does a by itself."""
+    body = """
+        echo $1 >>began; mkdir -p a b c d
+        case $1 in *c*) touch c/done;; esac
+        case $1 in *a*) echo a is bad; exit 1;; esac
+        touch $1/done
+    """
+    assert swept(tmp_path, ["abc", "d"], body) == ["a"]
+    assert (tmp_path / "began").read_text().split() == ["abc", "d", "a", "b"]
+    lines = [re.sub(r"  \d+ s  left .*", "", x) for x in capfd.readouterr().out.splitlines()]
+    assert lines == [
+        "1/4  c",
+        *(f"{name}: failed (a is bad); once more later" for name in "ab"),
+        "2/4  d",
+        "a: FAILED (a is bad)",
+        "3/4  b",
+    ]
+
+
+def test_a_program_that_is_done_counts_all_of_its_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    assert swept(tmp_path, ["ab"], "mkdir b; touch a/done b/done") == []
+    assert capfd.readouterr().out.startswith("2/2  a and 1 more  ")
+
+
+def test_what_was_killed_is_said_to_be(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert swept(tmp_path, ["a"], "echo step 110; kill -9 $$") == ["a"]
+    why = "killed by SIGKILL; its last line: step 110"
+    assert capfd.readouterr().out == f"a: failed ({why}); once more later\na: FAILED ({why})\n"
+
+
+WATCHED = """
+import signal, sys, time
+from eqst.sweeps import local
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to leave"))
+local.leave_with_parent()
+time.sleep(float(sys.argv[1]))
+print("stayed")
+"""
+
+
+def test_only_what_a_sweep_has_started_leaves_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that a person has started outlives the shell that it came from."""
+    shell = ["bash", "-c", '"$@" &', "shell", sys.executable, "-c", WATCHED]  # which ends at once
+    monkeypatch.delenv(local.PARENT, raising=False)
+    with open(tmp_path / "alone", "w") as out:
+        subprocess.run([*shell, "4"], check=True, stdout=out, stderr=out)
+    # Of a sweep: its parent is named, and has another number by now.
+    monkeypatch.setenv(local.PARENT, str(os.getpid()))
+    with open(tmp_path / "child", "w") as out:
+        subprocess.run([*shell, "60"], check=True, stdout=out, stderr=out)
+    wait_for(lambda: (tmp_path / "child").read_text() == "told to leave\n")
+    wait_for(lambda: (tmp_path / "alone").read_text() == "stayed\n")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_is_told_whose_it_is(tmp_path: Path) -> None:
+    assert swept(tmp_path, ["a"], "echo $EQST_PARENT >a/done") == []
+    assert (tmp_path / "a/done").read_text() == f"{os.getpid()}\n"

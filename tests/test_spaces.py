@@ -1,12 +1,15 @@
 """eqst.sweeps.spaces: what a sweep() is made of, and the example that uses all of it."""
 
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from eqst import config, recipes
 from eqst.sweeps import members, spaces
 
 RATE, DECAY = "train.learning_rate", "train.weight_decay"
@@ -55,6 +58,7 @@ def test_draws_are_distributed_as_they_say() -> None:
         "a": spaces.uniform(-3.0, 5.0),
         "b": spaces.log_uniform(1e-4, 1e-1),
         "c": spaces.choice(("x", "y", "z")),
+        "d": spaces.integers(-2, 4),
     }
     levels = spaces.random(kinds, count=2000, seed=3)
     flat, octaves = np.array(values(levels, "a")), np.log10(values(levels, "b"))
@@ -64,9 +68,13 @@ def test_draws_are_distributed_as_they_say() -> None:
         assert np.all(np.abs(share_10 - 200) < 5 * np.sqrt(200 * 0.9))
     counts = [values(levels, "c").count(x) for x in "xyz"]
     assert np.all(np.abs(np.array(counts) - 2000 / 3) < 5 * np.sqrt(2000 * 2 / 9))
+    whole = values(levels, "d")
+    assert {type(x) for x in whole} == {int} and set(whole) == set(range(-2, 5))
+    counts = [whole.count(x) for x in range(-2, 5)]
+    assert np.all(np.abs(np.array(counts) - 2000 / 7) < 5 * np.sqrt(2000 * 6 / 49))
     # The name says the value itself.
     name, changes = levels[5]
-    assert name == f"5: a={changes['a']}, b={changes['b']}, c={changes['c']}"
+    assert name == "5: " + ", ".join(f"{key}={changes[key]}" for key in "abcd")
     assert float(f"{changes['b']:.3e}") == changes["b"]
 
 
@@ -74,11 +82,17 @@ def test_the_ends_of_distributions() -> None:
     below_one = np.nextafter(1.0, 0.0)
     assert spaces.uniform(0.0, 2.0)(0.0) == 0.0 and spaces.uniform(0.0, 2.0)(below_one) == 2.0
     assert spaces.choice([1, 2])(0.0) == 1 and spaces.choice([1, 2])(below_one) == 2
+    big = 2**60  # where a float has no ones any more
+    assert spaces.integers(1, big)(0.0) == 1 and spaces.integers(1, big)(below_one) <= big
+    assert spaces.integers(1, 2)(0.49) == 1 and spaces.integers(1, 2)(below_one) == 2
     for make in (
         lambda: spaces.uniform(2, 1),
         lambda: spaces.log_uniform(0, 1),
         lambda: spaces.log_uniform(2, 1),
         lambda: spaces.choice([]),
+        lambda: spaces.choice(np.array([])),
+        lambda: spaces.integers(2, 2),
+        lambda: spaces.integers(1.0, 2),
         lambda: spaces.random({}, count=0),
     ):
         with pytest.raises(ValueError, match="^sweep: "):
@@ -140,3 +154,91 @@ def test_a_mistake_in_a_sweep_is_one_line(repo: Path, tmp_path: Path) -> None:
         "launch/sweep.py: sweep: train.batch_size has 3, train.learning_rate has 2 values: what is "
         "zipped needs as many of each\n"
     )
+
+
+def test_numpys_numbers_are_taken_as_pythons(tmp_path: Path) -> None:
+    levels = spaces.grid({"model.hidden": np.array([8, 16]), RATE: np.array([1e-3, 2e-3])})
+    assert [name for name, _ in levels] == [
+        f"hidden={hidden}, learning_rate={rate}" for hidden in (8, 16) for rate in (0.001, 0.002)
+    ]
+    kinds = {type(x) for _, changes in levels for x in changes.values()}
+    kinds |= {type(x) for x in values(spaces.zipped({"a": np.arange(2)}), "a")}
+    draws = {"a": spaces.choice(np.arange(3)), "b": lambda share: np.float32(share)}
+    kinds |= {type(x) for _, own in spaces.random(draws, count=4) for x in own.values()}
+    assert kinds == {int, float}
+    # And those that a sweep() yields without a space.
+    runs = expanded(
+        tmp_path,
+        """
+        import numpy as np
+        seconds, pooled = (np.float64(1.5), np.int64(2)), {"data.segment_seconds": np.array([1.5])}
+        yield "f", "a", np.int64(3), {"model.hidden": np.int32(8), "evaluation.seconds": seconds}
+        yield from spaces.runs("f", spaces.named({"b": pooled}), seeds=np.arange(1, 2))
+        """,
+    )
+    assert [x.config.seed for x in runs] == [3, 1] and runs[0].config.model.hidden == 8
+    assert runs[0].config.evaluation.seconds == (1.5, 2.0)
+    assert runs[1].config.data.segment_seconds == (1.5,)
+
+
+def expanded(tmp_path: Path, body: str) -> list[members.Member]:
+    """The runs of a config file with this sweep()."""
+    path = tmp_path / "config.py"
+    indented = textwrap.indent(textwrap.dedent(body), "    ")
+    path.write_text(
+        "from eqst import recipes\nfrom eqst.sweeps import spaces\n"
+        f"get_config = recipes.pooled\ndef sweep():\n{indented}\n"
+    )
+    return members.expand(str(path), recipes.pooled())
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ('grid({"train.learning_rate": 1e-3})', "grid: train.learning_rate is 0.001: give a list"),
+        ('grid({"model.head": "grid"})', "grid: model.head is 'grid': give a list"),
+        ('zipped({"model.head": "grid"})', "zipped: model.head is 'grid': give a list"),
+        ('random({"data.warp": [1, 2]}, count=2)', "random: data.warp is [1, 2]: give a distrib"),
+        (
+            'random({"data.warp": spaces.choice("ab")}, count=2)',
+            "choice takes is 'ab': give a list",
+        ),
+        ('named({"a": {}}), seeds=3', "seeds is 3: give a list"),
+        ('named({"a": {}}), seeds="12"', "seeds is '12': give a list"),
+        ('named({"a": {}}), seeds=["x"]', "f/a has the seed 'x': give a whole number"),
+        ('named({"a": {}}), seeds=[0.5]', "f/a has the seed 0.5: give a whole number"),
+        ("named({1: {}})", "('f', 1, 0, {}) was yielded: give (factor, level, seed, changes)"),
+        ("[]", "sweep() yields no run"),
+        ('grid({"model.hidden": []})', "sweep() yields no run"),
+        ("grid(5)", "sweep() fails (AttributeError in line 5: "),
+        ("random({}, count='5')", "sweep() fails (TypeError in line 5: "),
+    ],
+)
+def test_a_mistake_in_a_space_is_named(tmp_path: Path, space: str, said: str) -> None:
+    call = space if space.startswith("[") else f"spaces.{space}"
+    with pytest.raises((config.ConfigError, spaces.SpaceError), match=re.escape(said)) as found:
+        expanded(tmp_path, f'yield from spaces.runs("f", {call})')
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "body", ["yield 'f', 'a', {}", "yield 'f', 'a', 0, ['model.hidden', 8]", "yield 5", "return 5"]
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, body: str) -> None:
+    with pytest.raises(config.ConfigError, match=r"was yielded: give|sweep\(\) fails \(TypeError"):
+        expanded(tmp_path, body)
+
+
+def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
+    words = " ".join(f"word{i}" for i in range(100))
+    whole = "a" * members.MOST_CHARACTERS
+    levels = [f"{words} a", f"{words} b", whole, f"{whole}a"]
+    body = "for level in LEVELS: yield 'f', level, 0, {'model.hidden': 8 + len(LEVELS[level])}"
+    numbers = {level: "x" * i for i, level in enumerate(levels)}
+    runs = expanded(tmp_path, body.replace("LEVELS", repr(numbers)))
+    parts = [run.name.split("/")[1] for run in runs]
+    assert len(set(parts)) == 4 and max(map(len, parts)) == members.MOST_CHARACTERS
+    assert parts[0].startswith("word0_word1_") and parts[2] == whole
+    assert [run.places[0].level for run in runs] == levels  # which tables show
+    again = expanded(tmp_path, body.replace("LEVELS", repr(numbers)))
+    assert [run.name for run in again] == [run.name for run in runs]

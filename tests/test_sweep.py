@@ -138,6 +138,10 @@ def test_dry_run_names_what_changes(repo: Path, tmp_path: Path, config_file: Pat
     assert command.endswith("--only=continuous/1 --config.train.steps=7 --member=head/continuous/1")
     assert line.startswith("head/continuous/1: ") and "model.head: grid -> continuous" in line
     assert "steps" not in line  # that is the base's
+    # The command is no dry run, however this one was said to be.
+    for spelling in ("--dry_run=true", "--dry_run=1", "-dry_run", "-dry_run=True"):
+        again = run(repo, *words[:2], spelling, "--only=continuous/1", "--config.train.steps=7")
+        assert again.stdout.strip().splitlines() == [line, command], again.stderr
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep on this machine: some processes at a time, each of them one run."""
+"""The runs of a sweep on this machine: some processes at a time, each a run, or several as one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from eqst.record import clock
@@ -20,12 +20,13 @@ from eqst.sweeps.members import Member
 TRIES = 2  # of a run that fails
 SAVING_SECONDS = 60.0  # for a run that was told to save and leave
 SMI_SECONDS = 60.0  # for the answer of nvidia-smi, which wakes a driver that sleeps
+PARENT = "EQST_PARENT"  # the number of the sweep's process, to those that it starts
 
 
 class _Child(NamedTuple):
-    """A run that runs: its process, since when, and its GPU; None where it sees all there are."""
+    """What runs: its runs, their process, since when, and its GPU; None: it sees all there are."""
 
-    member: Member
+    unit: list[Member]
     process: subprocess.Popen
     since: float
     gpu: str | None
@@ -72,25 +73,25 @@ def visible_gpus() -> list[str]:
 
 def run_all(
     workdir: pathlib.Path,
-    waiting: list[Member],
+    units: Sequence[list[Member]],
     is_done: Callable[[Member], bool],
-    words: Callable[[str], list[str]],
+    words: Callable[[list[Member]], list[str]],
     *,
     jobs: int,
     minutes: float,
 ) -> list[str]:
-    """Runs members, `jobs` processes at a time; the names of those that failed.
+    """Runs units of members, `jobs` processes at a time; the names of the members that failed.
 
-    A member is a process of its own: one that fails is tried again at the end and takes no other
-    down. Where several go at a time each has one GPU, and shares it if there are fewer. SIGTERM,
-    SIGINT or the end of `minutes` (0: none) stop all of them, saved; so does the end of this
-    process, whatever it is.
+    A unit is a process of its own. What one leaves undone is tried again at the end, run by run, so
+    that a member that fails takes no other down. Where several units go at a time each has one GPU,
+    and shares it if there are fewer. SIGTERM, SIGINT or the end of `minutes` (0: none) stop all of
+    them, saved; so does the end of this process, whatever it is.
 
     Args:
       workdir: of the sweep.
-      waiting: the members, in this order.
-      is_done: whether one has left all that it should.
-      words: the command that runs the member of a name.
+      units: members that are one program, in this order.
+      is_done: whether a member has left all that it should.
+      words: the command that runs a unit.
       jobs: processes at a time.
       minutes: after which all stop; 0: never.
 
@@ -99,22 +100,22 @@ def run_all(
     """
     running: dict[str, _Child] = {}
     try:
-        return _run_all(workdir, list(waiting), running, is_done, words, jobs, minutes)
+        return _run_all(workdir, list(units), running, is_done, words, jobs, minutes)
     finally:
         _end(running)
 
 
 def _run_all(
     workdir: pathlib.Path,
-    waiting: list[Member],
+    waiting: list[list[Member]],
     running: dict[str, _Child],
     is_done: Callable[[Member], bool],
-    words: Callable[[str], list[str]],
+    words: Callable[[list[Member]], list[str]],
     jobs: int,
     minutes: float,
 ) -> list[str]:
-    every = len(waiting)
-    tries = dict.fromkeys((member.name for member in waiting), 0)
+    every = sum(map(len, waiting))
+    tries: collections.Counter[str] = collections.Counter()
     failed: list[str] = []
     finished, began = 0, time.monotonic()
     gpus = visible_gpus() if jobs > 1 else []  # one run at a time may use several
@@ -124,31 +125,34 @@ def _run_all(
         if why := stop.why():
             raise Interrupted(f"{why}: {finished} of {every} done; the same command goes on")
         while waiting and len(running) < jobs:
-            member = waiting.pop(0)
-            tries[member.name] += 1
+            unit = waiting.pop(0)
+            tries.update(member.name for member in unit)
             gpu = _least_used(gpus, running)
-            process = _start(workdir, member, words(member.name), _environment(gpu, shared))
-            running[member.name] = _Child(member, process, time.monotonic(), gpu)
-        for name, (member, process, since, _) in list(running.items()):
+            process = _start(workdir, unit[0], words(unit), _environment(gpu, shared))
+            running[unit[0].name] = _Child(unit, process, time.monotonic(), gpu)
+        for name, (unit, process, since, _) in list(running.items()):
             code = process.poll()
             if code is None:
                 continue
             del running[name]
-            seconds = time.monotonic() - since
-            if code == 0 and is_done(member):
-                finished += 1
-                spent = time.monotonic() - began
-                left = spent / finished * (len(waiting) + len(running))
-                line = f"{finished}/{every}  {name}  {seconds:.0f} s  left {clock(left)}"
-                print(line, flush=True)
-            elif tries[name] < TRIES:
-                print(
-                    f"{name}: failed ({_last_line(workdir, member)}); once more later", flush=True
-                )
-                waiting.append(member)
-            else:
-                print(f"{name}: FAILED ({_last_line(workdir, member)})", flush=True)
-                failed.append(name)
+            undone = [member for member in unit if not is_done(member)]
+            again = [member for member in undone if tries[member.name] < TRIES]
+            waiting += [[member] for member in again]
+            done = [member.name for member in unit if member not in undone]
+            if done:
+                finished += len(done)
+                more = f" and {len(done) - 1} more" if len(done) > 1 else ""
+                seconds, spent = time.monotonic() - since, time.monotonic() - began
+                to_do = sum(map(len, waiting)) + sum(len(x.unit) for x in running.values())
+                took = f"{seconds:.0f} s  left {clock(spent / finished * to_do)}"
+                print(f"{finished}/{every}  {done[0]}{more}  {took}", flush=True)
+            why = _why(workdir, unit[0], code) if undone else ""
+            for member in undone:
+                if member in again:
+                    print(f"{member.name}: failed ({why}); once more later", flush=True)
+                else:
+                    print(f"{member.name}: FAILED ({why})", flush=True)
+                    failed.append(member.name)
         time.sleep(0.2)
     return failed
 
@@ -161,7 +165,7 @@ def _least_used(gpus: list[str], running: dict[str, _Child]) -> str | None:
 
 def _environment(gpu: str | None, shared: bool) -> dict[str, str]:
     """A child's; `shared`: others may have their arrays on the same accelerator."""
-    environment = dict(os.environ)
+    environment = os.environ | {PARENT: str(os.getpid())}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     if shared:  # else the first would take three quarters of the memory
@@ -185,11 +189,16 @@ def _start(
 
 
 def leave_with_parent() -> None:
-    """Has this process told to save and leave when the sweep that started it is gone."""
-    parent = os.getppid()
+    """Has this process told to save and leave when the sweep that started it is gone.
+
+    One that a person or another launcher has started may outlive the shell that it came from.
+    """
+    if PARENT not in os.environ:
+        return
+    parent = os.environ[PARENT]
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while str(os.getppid()) == parent:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -211,7 +220,12 @@ def _end(running: dict[str, _Child]) -> None:
             print(f"{name}: {late}; it goes on from its last checkpoint", flush=True)
 
 
-def _last_line(workdir: pathlib.Path, member: Member) -> str:
-    """What a failed run said last."""
-    text = (workdir / member.name / "log.txt").read_text(errors="replace").strip()
-    return text.splitlines()[-1][:200] if text else "no word"
+def _why(workdir: pathlib.Path, first: Member, code: int) -> str:
+    """What a process that failed said last, in the log of its first run; what killed it, if so."""
+    text = (workdir / first.name / "log.txt").read_text(errors="replace").strip()
+    said = text.splitlines()[-1][:200] if text else "no word"
+    if code >= 0:
+        return said
+    names = {number.value: number.name for number in signal.Signals}
+    name = names[-code] if -code in names else f"signal {-code}"
+    return f"killed by {name}; its last line: {said}"

@@ -8,14 +8,21 @@ WORKDIR/FACTOR/LEVEL/SEED, which says by itself whether it is done.
 from __future__ import annotations
 
 import json
+import operator
 import re
 import runpy
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from eqst import card, config, learner
 from eqst.config import FREE_KEYS, differing_keys
+from eqst.sweeps import spaces
+
+# Of a part of a name: what file systems take is 255, of some that encrypt names 143.
+MOST_CHARACTERS, DIGEST_CHARACTERS = 120, 12
 
 
 class Place(NamedTuple):
@@ -31,7 +38,7 @@ class Member(NamedTuple):
     """One run of a sweep.
 
     Attributes:
-      name: of its folder, "factor/level/seed" made safe for a path.
+      name: of its folder, "factor/level/seed" made safe for a path; a long part is cut.
       config: its settings.
       places: everything it stands for.
     """
@@ -49,18 +56,12 @@ def expand(path: str, base: Any) -> list[Member]:
       base: the ConfigDict of get_config(), with --config.key=value applied.
 
     Raises:
-      ConfigError: no sweep() there, it changes what is no setting, or two runs of other settings
-        would have one folder.
+      ConfigError: no sweep() there, it fails or yields no run, it changes what is no setting, or
+        two runs of other settings would have one folder.
+      SpaceError: a space of it cannot be.
     """
-    file, colon, argument = path.partition(":")
-    module = runpy.run_path(file)
-    if "sweep" not in module:
-        raise config.ConfigError(
-            f"--config={file} has no generator sweep(): see configs/ablation.py"
-        )
     members: dict[str, Member] = {}
-    expanded = module["sweep"](*([argument] if colon else []))
-    for index, (factor, level, seed, changes) in enumerate(expanded):
+    for index, (factor, level, seed, changes) in enumerate(_yielded(path)):
         settings = base.copy_and_resolve_references()
         settings.seed = seed
         try:
@@ -76,6 +77,8 @@ def expand(path: str, base: Any) -> list[Member]:
             members[key] = known._replace(places=(*known.places, place))
         else:
             members[key] = Member(name, made, (place,))
+    if not members:
+        raise config.ConfigError(f"--config={path}: sweep() yields no run: have it yield one")
     by_name: dict[str, Member] = {}
     for member in members.values():
         other = by_name.setdefault(member.name, member)
@@ -88,9 +91,48 @@ def expand(path: str, base: Any) -> list[Member]:
     return list(members.values())
 
 
+def _yielded(path: str) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+    """What a config file's sweep() yields, with Python's numbers in the place of numpy's."""
+    file, colon, argument = path.partition(":")
+    module = runpy.run_path(file)
+    if "sweep" not in module:
+        raise config.ConfigError(
+            f"--config={file} has no generator sweep(): see configs/ablation.py"
+        )
+    try:
+        entries = list(module["sweep"](*([argument] if colon else [])))
+    except spaces.SpaceError:
+        raise
+    except Exception as error:  # it is a program, which may raise anything
+        lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
+        where = f" in line {lines[-1]}" if lines else ""
+        said = f"{type(error).__name__}{where}: {error}"
+        raise config.ConfigError(f"--config={path}: sweep() fails ({said}): mend it") from None
+    for entry in entries:
+        match entry:
+            case (str(factor), str(level), seed, Mapping() as changes):
+                pass
+            case _:
+                raise config.ConfigError(
+                    f"sweep: {entry!r} was yielded: give (factor, level, seed, changes), which are "
+                    "two texts, a whole number and a dict"
+                )
+        try:
+            number = operator.index(seed)
+        except TypeError:
+            raise config.ConfigError(
+                f"sweep: {factor}/{level} has the seed {seed!r}: give a whole number"
+            ) from None
+        yield factor, level, number, {key: spaces.plain(x) for key, x in changes.items()}
+
+
 def _safe(text: str) -> str:
-    """A part of a path that any file system and shell takes."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
+    """A part of a path that any file system and shell takes; a long one ends in its digest."""
+    safe = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
+    if len(safe) <= MOST_CHARACTERS:
+        return safe
+    digest = card.digest(text)[:DIGEST_CHARACTERS]
+    return f"{safe[: MOST_CHARACTERS - DIGEST_CHARACTERS - 1]}-{digest}"
 
 
 def done(workdir: epath.Path, member: Member, data: str = "", manifest: str = "") -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,29 +29,39 @@ Distribution = Callable[[float], Any]
 DIGITS = 4  # of drawn numbers: a level's name then says all of its values, on any machine
 
 
+class SpaceError(ValueError):
+    """A space that cannot be: one line with the value and the way out."""
+
+
 def named(levels: Mapping[str, Mapping[str, Any]]) -> list[Level]:
     """Levels by their names."""
     return [(name, dict(changes)) for name, changes in levels.items()]
 
 
 def grid(values: Mapping[str, Iterable[Any]]) -> list[Level]:
-    """Every combination of the keys' values; the last key changes fastest."""
-    return _levels(values, itertools.product(*values.values()))
+    """Every combination of the keys' values; the last key changes fastest.
+
+    Raises:
+      SpaceError: a key has one value in the place of a list.
+    """
+    columns = [_listed(f"grid: {key}", column) for key, column in values.items()]
+    return _levels(values, itertools.product(*columns))
 
 
-def zipped(values: Mapping[str, Sequence[Any]]) -> list[Level]:
+def zipped(values: Mapping[str, Iterable[Any]]) -> list[Level]:
     """The first values of all keys, then the second ones, and so on.
 
     Raises:
-      ValueError: the keys have different numbers of values.
+      SpaceError: the keys have different numbers of values, or one that is no list of them.
     """
-    counts = {key: len(column) for key, column in values.items()}
+    columns = {key: _listed(f"zipped: {key}", column) for key, column in values.items()}
+    counts = {key: len(column) for key, column in columns.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(
+        raise SpaceError(
             f"sweep: {', '.join(f'{key} has {n}' for key, n in counts.items())} values: "
             "what is zipped needs as many of each"
         )
-    return _levels(values, zip(*values.values(), strict=True))
+    return _levels(values, zip(*columns.values(), strict=True))
 
 
 def random(distributions: Mapping[str, Distribution], *, count: int, seed: int = 0) -> list[Level]:
@@ -60,16 +71,21 @@ def random(distributions: Mapping[str, Distribution], *, count: int, seed: int =
     key, the draws that were there stay as they are, and runs that are done stay done.
 
     Args:
-      distributions: of each key: `uniform`, `log_uniform`, `choice`, or any function of a number in
-        0 .. 1.
+      distributions: of each key: `uniform`, `log_uniform`, `integers`, `choice`, or any function of
+        a number in 0 .. 1.
       count: how many.
       seed: of the draws; not of the runs, whose seeds `runs` is given.
 
     Raises:
-      ValueError: there are none to draw.
+      SpaceError: there are none to draw, or a key has something else than a distribution.
     """
     if count < 1:
-        raise ValueError(f"sweep: {count} random draws asked for: take 1 or more")
+        raise SpaceError(f"sweep: {count} random draws asked for: take 1 or more")
+    for key, draw in distributions.items():
+        if not callable(draw):
+            raise SpaceError(
+                f"sweep: random: {key} is {draw!r}: give a distribution, as choice([1, 2]) is"
+            )
     rows = [
         [draw(_unit(seed, k, key)) for key, draw in distributions.items()] for k in range(count)
     ]
@@ -81,10 +97,10 @@ def uniform(low: float, high: float) -> Distribution:
     """Between two numbers.
 
     Raises:
-      ValueError: they are not ascending.
+      SpaceError: they are not ascending.
     """
     if not low < high:
-        raise ValueError(f"sweep: uniform({low}, {high}): the first has to be the lower one")
+        raise SpaceError(f"sweep: uniform({low}, {high}): the first has to be the lower one")
     return lambda share: _rounded(low + share * (high - low))
 
 
@@ -92,36 +108,52 @@ def log_uniform(low: float, high: float) -> Distribution:
     """Between two positive numbers, every octave as likely as another.
 
     Raises:
-      ValueError: they are not positive and ascending.
+      SpaceError: they are not positive and ascending.
     """
     if not 0 < low < high:
-        raise ValueError(f"sweep: log_uniform({low}, {high}): give 0 < the lower < the higher")
+        raise SpaceError(f"sweep: log_uniform({low}, {high}): give 0 < the lower < the higher")
     return lambda share: _rounded(low * (high / low) ** share)
 
 
-def choice(values: Sequence[Any]) -> Distribution:
+def integers(low: int, high: int) -> Distribution:
+    """A whole number from `low` to `high`, both among them, all as likely.
+
+    Raises:
+      SpaceError: they are not whole, or not ascending.
+    """
+    try:
+        first, last = operator.index(low), operator.index(high)
+    except TypeError:
+        raise SpaceError(f"sweep: integers({low!r}, {high!r}): give two whole numbers") from None
+    if not first < last:
+        raise SpaceError(f"sweep: integers({low}, {high}): the first has to be the lower one")
+    return lambda share: min(first + int(share * (last - first + 1)), last)
+
+
+def choice(values: Iterable[Any]) -> Distribution:
     """One of these, all as likely.
 
     Raises:
-      ValueError: there is none.
+      SpaceError: there is none.
     """
-    if not values:
-        raise ValueError("sweep: choice([]): give at least one value")
-    return lambda share: values[min(int(share * len(values)), len(values) - 1)]
+    known = _listed("what choice takes", values)
+    if not known:
+        raise SpaceError("sweep: choice([]): give at least one value")
+    return lambda share: known[min(int(share * len(known)), len(known) - 1)]
 
 
 def crossed(*parts: Sequence[Level]) -> list[Level]:
     """Every combination of the levels of spaces; the last one changes fastest.
 
     Raises:
-      ValueError: two of them change the same key.
+      SpaceError: two of them change the same key.
     """
     combined = []
     for levels in itertools.product(*parts):
         keys = [key for _, changes in levels for key in changes]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise ValueError(f"sweep: crossed spaces both change {', '.join(twice)}: leave one out")
+            raise SpaceError(f"sweep: crossed spaces both change {', '.join(twice)}: leave one out")
         name = ", ".join(name for name, _ in levels)
         combined.append((name, {k: x for _, changes in levels for k, x in changes.items()}))
     return combined
@@ -141,21 +173,35 @@ def runs(
       seeds: of the runs.
 
     Raises:
-      ValueError: two levels have one name.
+      SpaceError: two levels have one name, or `seeds` is no list.
     """
-    levels = list(levels)
+    levels, seeds = list(levels), _listed("seeds", seeds)
     names = [name for name, _ in levels]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"sweep: {factor} has two levels named {twice[0]!r}: name them apart")
+        raise SpaceError(f"sweep: {factor} has two levels named {twice[0]!r}: name them apart")
     for seed in seeds:
         for name, changes in levels:
             yield factor, name, seed, dict(changes)
 
 
+def plain(value: Any) -> Any:
+    """A value with what is numpy's, in tuples and lists too, as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def _listed(what: str, values: Any) -> tuple[Any, ...]:
+    """Values that are many; a text is one, and would be read letter by letter."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise SpaceError(f"sweep: {what} is {values!r}: give a list of values, as in [1, 2]")
+    return tuple(values)
+
+
 def _levels(keys: Iterable[str], rows: Iterable[Sequence[Any]]) -> list[Level]:
     """Levels named by their values, 'learning_rate=0.001, hidden=256'."""
-    keys = tuple(keys)
+    keys, rows = tuple(keys), [plain(tuple(row)) for row in rows]
     last = [key.rpartition(".")[2] for key in keys]
     short = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
     return [
