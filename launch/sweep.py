@@ -35,6 +35,7 @@ from eqst.stopping import Interrupted
 from eqst.sweeps import (
     bucket,
     clone,
+    deletion,
     gcloud,
     local,
     members,
@@ -298,7 +299,7 @@ def _run_on_tpus(work: Work) -> list[str]:
 def _cancel() -> None:
     clock = _tpu_time()
     cloud = gcloud.Cloud(_tpu_site(), gcloud.run, clock.pause, functools.partial(print, flush=True))
-    names = pool.cancel(cloud, flags.FLAGS.workdir, clock)
+    names = deletion.cancel(cloud, flags.FLAGS.workdir, clock)
     print(f"deleted: {', '.join(names) or 'nothing, there was none'}")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from eqst import config
 from eqst.stopping import Interrupted
-from eqst.sweeps import gcloud, pool, queued
+from eqst.sweeps import deletion, gcloud, pool, queued
 from eqst.sweeps.gcloud import Answer, PersonNeeded
 from eqst.sweeps.members import Member
 
@@ -465,7 +465,7 @@ def test_a_second_signal_names_what_is_left(world: World) -> None:
         world.cloud.requests.clear()
         world.dead = False
         world.cloud._queued_resources_create([FIRST], {"--accelerator-type": "v5p-16"})
-        pool.delete(gcloud.Cloud(SITE, world.run, world.pause, print), [FIRST], time)
+        deletion.delete(gcloud.Cloud(SITE, world.run, world.pause, print), [FIRST], time)
 
 
 def test_keeping_leaves_them_at_work_and_says_so(world: World) -> None:
@@ -478,13 +478,62 @@ def test_keeping_leaves_them_at_work_and_says_so(world: World) -> None:
     assert world.sweep() == [] and world.finished()  # without --keep it goes, though all is done
 
 
+def refused_delete(name: str):
+    """A hook: the one request that gcloud does not delete."""
+
+    def hook(command, positional):
+        if command == ("queued-resources", "delete") and positional == [name]:
+            return 1, "", "ERROR: (gcloud) FAILED_PRECONDITION: it is being provisioned"
+        return None
+
+    return hook
+
+
+def test_one_that_is_not_deleted_is_named_and_keeps_no_other(world: World) -> None:
+    world.cloud.hooks.append(refused_delete(FIRST))
+    world.stops = [260]
+    with pytest.raises(PersonNeeded, match=rf"NOT DELETED.*: {FIRST} \(.*being provisioned"):
+        world.sweep(jobs=3)
+    world.cloud.forget()
+    assert world.cloud.made == 3 and list(world.cloud.requests) == [FIRST]
+
+
+def test_cancel_goes_past_one_that_is_not_deleted(world: World) -> None:
+    for name in (FIRST, SECOND):
+        world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
+    world.cloud.hooks.append(refused_delete(FIRST))
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
+    time = pool.Clock(lambda: world.cloud.now, world.pause)
+    with pytest.raises(PersonNeeded, match=rf"NOT DELETED.*: {FIRST} \("):
+        deletion.cancel(cloud, WORKDIR, time)
+    world.cloud.forget()
+    assert list(world.cloud.requests) == [FIRST]
+    world.cloud.hooks.clear()  # it may be deleted now
+    assert deletion.cancel(cloud, WORKDIR, time) == [FIRST]
+    world.cloud.forget()
+    assert not world.cloud.requests
+
+
+def test_one_that_is_refused_for_a_while_is_deleted_in_the_end(world: World) -> None:
+    """While the other goes, it is tried again."""
+    for name in (FIRST, SECOND):
+        world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
+    hook = refused_delete(FIRST)
+    world.cloud.hooks.append(lambda *words: hook(*words) if world.cloud.now < 170 else None)
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
+    time = pool.Clock(lambda: world.cloud.now, world.pause)
+    assert deletion.cancel(cloud, WORKDIR, time) == [FIRST, SECOND]
+    world.cloud.forget()
+    assert not world.cloud.requests
+
+
 def test_cancel_deletes_what_is_of_this_workdir_alone(world: World) -> None:
     for name in (FIRST, SECOND, "eqst-0000000000-0", "someone-else"):
         world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
     world.cloud.requests[SECOND]["suspended"] = 0.0
     cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
     time = pool.Clock(lambda: world.cloud.now, world.pause)
-    assert pool.cancel(cloud, WORKDIR + "/", time) == [FIRST, SECOND]
+    assert deletion.cancel(cloud, WORKDIR + "/", time) == [FIRST, SECOND]
     world.cloud.forget()
     assert set(world.cloud.requests) == {"eqst-0000000000-0", "someone-else"}
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from eqst.processes import EXIT_INTERRUPTED
 from eqst.record import clock
-from eqst.stopping import Interrupted
 from eqst.sweeps import gcloud
+from eqst.sweeps.deletion import delete
 from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Clock, Cloud, PersonNeeded, Site, said
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
@@ -24,7 +24,6 @@ from eqst.sweeps.queued import (
     ABSENT,
     ACTIVE,
     DEAF_LOOKS,
-    GOING,
     LOST,
     PENDING,
     READY,
@@ -39,7 +38,6 @@ from eqst.sweeps.queued import (
 )
 
 STOP_SECONDS = 120.0  # for runs to save themselves before their TPUs are deleted
-GONE_SECONDS = 1800.0  # for requests to be gone after they are deleted
 BACKOFF_SECONDS, MOST_BACKOFF_SECONDS = 30.0, 900.0
 
 
@@ -101,7 +99,7 @@ class Pool:
         wrong = [name for name, entry in found.items() if self._other_kind(entry)]
         if wrong:
             say(f"{', '.join(wrong)}: of another type than {cloud.site.accelerator_type}, deleted")
-            self._delete(wrong)
+            delete(cloud, wrong, time)
             found = self._found()
         names = dict.fromkeys([*self._names, *found])
         self.slots = [Slot(name, unknown=name in found) for name in names]
@@ -361,10 +359,7 @@ class Pool:
                 self._say(f"kept, and paid for: {', '.join(found)}; --cancel deletes them")
             return
         made = [slot.name for slot in self.slots if slot.seen.request != ABSENT]
-        self._delete(list(dict.fromkeys([*found, *made])))
-
-    def _delete(self, names: list[str]) -> None:
-        delete(self._cloud, names, self._time)
+        delete(self._cloud, list(dict.fromkeys([*found, *made])), self._time)
 
 
 def start_line(plan: Plan, job: str, name: str) -> str:
@@ -372,40 +367,6 @@ def start_line(plan: Plan, job: str, name: str) -> str:
     log = shlex.quote(f"{plan.workdir}/{name}/logs/{job}")
     words = shlex.join(plan.words(name))
     return f'bash {HOST_SCRIPT} start {job} {log}-"$(hostname)".txt {words}'
-
-
-def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
-    """Deletes requests and waits until they are gone.
-
-    Raises:
-      PersonNeeded: they do not go; the message names them.
-    """
-    left = list(names)
-    end = time.now() + GONE_SECONDS
-    try:
-        for name in names:
-            cloud.delete(name)
-        while left := [name for name in left if cloud.request(name) is not None]:
-            if time.now() > end:
-                raise PersonNeeded("they are still there")
-            time.pause(5.0)
-            # One that was suspended or failed meanwhile may have let the first call pass.
-            for name in left:
-                entry = cloud.request(name)
-                if entry is not None and entry["state"]["state"] not in GOING:
-                    cloud.delete(name)
-    except (PersonNeeded, Interrupted) as error:
-        raise PersonNeeded(
-            f"NOT DELETED, and perhaps paid for: {', '.join(left)} ({error}); the same command "
-            "with --cancel deletes them"
-        ) from None
-
-
-def cancel(cloud: Cloud, workdir: str, time: Clock) -> list[str]:
-    """Deletes every request of a workdir; their names."""
-    names = [name for name in cloud.requests() if name.startswith(prefix(workdir))]
-    delete(cloud, names, time)
-    return names
 
 
 def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
