@@ -331,8 +331,9 @@ def test_what_passes_is_waited_for(world: World, error: str, command: str) -> No
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        ("ERROR: (gcloud.x) You do not currently have an active account selected.", 1),
         ("ERROR: (gcloud.x) PERMISSION_DENIED: tpu.nodes.create", 1),
+        ("ERROR: (gcloud.x) PERMISSION_DENIED: This command is authenticated as a@b which is the "
+         "active account specified by the [core/account] property", 1),
         ("ERROR: (gcloud.x) INVALID_ARGUMENT: no such runtime", 1),
         ("ERROR: (gcloud.x) unrecognized arguments: --nose", 2),
         ("ERROR: (gcloud.x) NOT_FOUND: network default was not found", 1),
@@ -347,6 +348,56 @@ def test_what_does_not_pass_is_one_line(world: World, error: str, code: int) -> 
         world.sweep()
     assert error in str(caught.value) and "\n" not in str(caught.value)
     assert world.count("queued-resources", "create") == 1
+
+
+EXPIRED = (
+    1, "",
+    "ERROR: (gcloud.compute.tpus) There was a problem refreshing your current auth tokens: "
+    "Reauthentication failed. cannot prompt during non-interactive execution.\n"
+    "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.",
+)  # fmt: skip
+
+
+def test_a_login_that_expires_is_waited_for(world: World) -> None:
+    """Runs go on and end meanwhile; no TPU is deleted for it."""
+    world.cloud.hooks.append(lambda *_: EXPIRED if 150 < world.cloud.now < 2000 else None)
+    assert world.sweep(jobs=2) == []
+    assert world.finished() and world.cloud.made == 2
+    (line,) = [line for line in world.said if "Reauthentication" in line]
+    assert "`gcloud auth login`" in line and "\n" not in line
+    assert world.said.count("logged in again") == 1
+
+
+def test_without_a_login_at_the_end_what_is_left_is_named(world: World) -> None:
+    world.cloud.hooks.append(lambda *_: EXPIRED if world.cloud.now > 260 else None)
+    world.stops = [500]
+    left = f"NOT DELETED.*: {FIRST}, {SECOND} .*Reauthentication.*--cancel"
+    with pytest.raises(PersonNeeded, match=left):
+        world.sweep(jobs=2)
+    assert world.cloud.state(FIRST) == world.cloud.state(SECOND) == "ACTIVE"
+    world.cloud.hooks.clear()
+    assert world.sweep(jobs=2) == [] and world.finished() and world.cloud.made == 2
+
+
+def test_without_a_login_at_the_start_it_is_one_line(world: World) -> None:
+    for error in (EXPIRED[2], "ERROR: (gcloud) You do not currently have an active account"):
+        world.cloud.hooks[:] = [lambda *_, error=error: (1, "", error)]
+        with pytest.raises(PersonNeeded, match=r"ERROR: \(gcloud.*: `gcloud auth login`"):
+            world.sweep()
+    assert world.calls == 2
+
+
+def test_a_login_lost_at_every_single_command(tmp_path: Path) -> None:
+    whole = World(tmp_path, count=2)
+    whole.sweep(jobs=2)
+    closing = next(i for i, call in enumerate(whole.cloud.calls) if call[4] == "delete")
+    for at in range(2, closing + 1):
+        world = World(tmp_path, count=2)
+        world.cloud.hooks.append(
+            lambda *_, world=world, at=at: EXPIRED if at <= world.calls < at + 3 else None
+        )
+        assert world.sweep(jobs=2) == [] and world.finished(), at
+        assert world.cloud.made == 2, at
 
 
 def test_ssh_that_times_out_for_a_while(world: World) -> None:

@@ -34,8 +34,13 @@ _QUOTA = re.compile(r"quota|PerProjectPerZone|IN_USE_ADDRESSES", re.I)
 _ABSENT = re.compile(r"NOT_FOUND|was not found|\b404\b", re.I)
 _THERE = re.compile(r"ALREADY_EXISTS|already exists|\b409\b", re.I)
 _PERSON = re.compile(
-    r"PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|active account|gcloud auth"
-    r"|SERVICE_DISABLED|has not been used in project|ssh-add",
+    r"PERMISSION_DENIED|INVALID_ARGUMENT|SERVICE_DISABLED|has not been used in project|ssh-add",
+    re.I,
+)
+# Words about the active account alone also stand where a right is missing.
+_LOGIN = re.compile(
+    r"UNAUTHENTICATED|not currently have an active account|gcloud auth login|auth tokens"
+    r"|Reauthentication|invalid_grant",
     re.I,
 )
 _PASSING = re.compile(
@@ -48,6 +53,10 @@ _USAGE = "ERROR: (gcloud"  # with exit code 2: gcloud does not take these words
 
 class PersonNeeded(OSError):
     """What no waiting mends: the message is one line for the user."""
+
+
+class LoginNeeded(PersonNeeded):
+    """The login has expired: what is there goes on, and can neither be seen nor deleted."""
 
 
 class Answer(NamedTuple):
@@ -194,10 +203,11 @@ def check(answer: Answer, site: Site) -> None:
     """Refuses an answer that no waiting mends.
 
     Raises:
-      PersonNeeded: a quota, a right, an option.
+      PersonNeeded: a quota, a right, an option; LoginNeeded, a login.
     """
     if answer.code == 0:
         return
+    _check_login(answer)
     if is_quota(answer.err):
         raise PersonNeeded(
             f"{said(answer)}: ask for more quota of {site.accelerator_type}"
@@ -206,6 +216,14 @@ def check(answer: Answer, site: Site) -> None:
     usage = answer.code == 2 and _USAGE in answer.err
     if usage or (_PERSON.search(answer.err) and not _passes(answer)):
         raise PersonNeeded(f"{said(answer)}: see launch/README.md")
+
+
+def _check_login(answer: Answer) -> None:
+    known = _PERSON.search(answer.err) or _passes(answer)
+    if answer.code != 0 and _LOGIN.search(answer.err) and not known:
+        raise LoginNeeded(
+            f"{said(answer)}: `gcloud auth login` and `gcloud auth application-default login`"
+        )
 
 
 def _passes(answer: Answer) -> bool:
@@ -288,6 +306,7 @@ class Cloud:
 
     def _once(self, words: list[str], seconds: float) -> Answer:
         answer = self._run(words, seconds)
+        _check_login(answer)
         if "ssh-add" in answer.err or (answer.code == 2 and _USAGE in answer.err):
             check(answer, self.site)
         return answer

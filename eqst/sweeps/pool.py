@@ -15,9 +15,19 @@ from typing import Any, NamedTuple
 
 from eqst.processes import EXIT_INTERRUPTED
 from eqst.record import clock
+from eqst.stopping import Interrupted
 from eqst.sweeps import gcloud
 from eqst.sweeps.deletion import delete
-from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Clock, Cloud, PersonNeeded, Site, said
+from eqst.sweeps.gcloud import (
+    HOST_SCRIPT,
+    Answer,
+    Clock,
+    Cloud,
+    LoginNeeded,
+    PersonNeeded,
+    Site,
+    said,
+)
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
 from eqst.sweeps.queued import (
@@ -92,7 +102,7 @@ class Pool:
         self._tries = dict.fromkeys((member.name for member in waiting), 0)
         self._given_up: list[Member] = []
         self._setup_failures = self._deaf_losses = 0
-        self._ever_heard = False
+        self._ever_heard, self._logged_out = False, False
         self._began = time.now()
         found = self._found()
         self._names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
@@ -120,7 +130,23 @@ class Pool:
         return [member.name for member in self._given_up]
 
     def step(self) -> bool:
-        """Looks at every request and does what is to be done; whether there is anything left."""
+        """Looks at every request and does what is to be done; whether there is anything left.
+
+        Without a login there is, and nothing is done: every part of it may be done once more.
+        """
+        try:
+            left = self._step()
+        except LoginNeeded as error:
+            if not self._logged_out:
+                self._say(f"{error}; until then runs go on, unseen and paid for")
+            self._logged_out = True
+            return True
+        if self._logged_out:
+            self._say("logged in again")
+        self._logged_out = False
+        return left
+
+    def _step(self) -> bool:
         listed = self._cloud.requests()
         for slot in self.slots:
             seen = self._look(slot, listed)
@@ -226,8 +252,8 @@ class Pool:
         elif action is Action.HUNG:
             self._hang(slot)
         elif action is Action.SETUP_FAILED:
-            self._setup_failures += 1
             why = f"{slot.name}: its environment cannot be made ({self._last_lines(slot)})"
+            self._setup_failures += 1
             if self._setup_failures >= TRIES:
                 raise PersonNeeded(f"{why}: mend --setup or the clone")
             self._say(f"{why}; once more on another")
@@ -314,12 +340,12 @@ class Pool:
                     f"{slot.name}: its hosts never answered ssh: try `gcloud compute tpus tpu-vm "
                     f"ssh {slot.name}` by hand, see launch/README.md"
                 )
+        self._cloud.delete(slot.name)
         slot.losses, slot.deaf, slot.refused, slot.job = slot.losses + 1, 0, 0, ""
         wait = min(BACKOFF_SECONDS * 2 ** (slot.losses - 1), MOST_BACKOFF_SECONDS)
         slot.not_before = self._time.now() + wait
         if slot.member and self._tries[slot.member.name]:  # it is no failure of the run
             self._tries[slot.member.name] -= 1
-        self._cloud.delete(slot.name)
         slot.seen, slot.since = Seen("DELETING"), self._time.now()
 
     def _is_done(self, member: Member) -> bool:
@@ -352,14 +378,23 @@ class Pool:
             busy = [s for s in busy if any(host.job == "running" for host in answers[s.name])]
 
     def close(self) -> None:
-        """Deletes all requests of the sweep and waits until they are gone, or says what is left."""
-        found = list(self._found())
-        if self._keep:
-            if found:
-                self._say(f"kept, and paid for: {', '.join(found)}; --cancel deletes them")
-            return
-        made = [slot.name for slot in self.slots if slot.seen.request != ABSENT]
-        delete(self._cloud, list(dict.fromkeys([*found, *made])), self._time)
+        """Deletes all requests of the sweep and waits until they are gone.
+
+        Raises:
+          PersonNeeded: they do not go; the message names them.
+        """
+        names = [x.name for x in self.slots if x.seen.request != ABSENT or x.unknown]
+        try:
+            found = list(self._found())
+            names = found if self._keep else list(dict.fromkeys([*found, *names]))
+        except (PersonNeeded, Interrupted) as error:
+            if not names:
+                raise
+            self._say(f"requests cannot be listed ({error})")
+        if not self._keep:
+            delete(self._cloud, names, self._time)
+        elif names:
+            self._say(f"kept, and paid for: {', '.join(names)}; --cancel deletes them")
 
 
 def start_line(plan: Plan, job: str, name: str) -> str:
