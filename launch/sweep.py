@@ -39,6 +39,7 @@ from eqst.sweeps import (
     gcloud,
     local,
     members,
+    orders,
     outcomes,
     pool,
     progress,
@@ -243,7 +244,7 @@ def _tpu_site() -> gcloud.Site:
     )
 
 
-def _tpu_plan(work: Work, folder: pathlib.Path) -> pool.Plan:
+def _tpu_plan(work: Work, folder: pathlib.Path) -> orders.Plan:
     """What hosts are to do, with the clone as an archive in `folder`."""
     options = flags.FLAGS
     file = pathlib.Path(_config_path().partition(":")[0])
@@ -264,7 +265,7 @@ def _tpu_plan(work: Work, folder: pathlib.Path) -> pool.Plan:
         return [*python, *work.words(name)]
 
     workdir = options.workdir.rstrip("/")
-    return pool.Plan(workdir, name, shipped, options.setup, words, work.is_done)
+    return orders.Plan(workdir, name, shipped, options.setup, work.units, words, work.is_done)
 
 
 def _tpu_time() -> pool.Clock:
@@ -377,7 +378,7 @@ def main() -> None:
         if on_tpus:
             with tempfile.TemporaryDirectory() as folder:
                 plan = _tpu_plan(work, pathlib.Path(folder))
-                print("\n".join(pool.dry_lines(_tpu_site(), plan, work.first())))
+                print("\n".join(orders.dry_lines(_tpu_site(), plan, work.first())))
         if on_slurm:
             units = members.units(work.first(), options.replicas).values()
             print(slurm.dry_text(_slurm_sweep(), [slurm.unit_name(unit) for unit in units]))

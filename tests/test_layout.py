@@ -58,7 +58,7 @@ ORDER = (
     *("sweeps.spaces", "sweeps.members", "sweeps.single", "sweeps.local", "sweeps.outcomes"),
     *("sweeps.turn", "sweeps.progress", "sweeps.slurm"),
     *("sweeps.bucket", "sweeps.clone", "sweeps.gcloud", "sweeps.queued"),
-    *("sweeps.deletion", "sweeps.pool"),
+    *("sweeps.deletion", "sweeps.orders", "sweeps.pool"),
     # the open benchmark
     *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
     # the page

@@ -9,9 +9,10 @@ import pytest
 
 from eqst import config
 from eqst.stopping import Interrupted
-from eqst.sweeps import deletion, gcloud, pool, queued
+from eqst.sweeps import deletion, gcloud, orders, pool, queued
 from eqst.sweeps.gcloud import Answer, PersonNeeded
 from eqst.sweeps.members import Member
+from eqst.sweeps.members import units as units_of
 
 WORKDIR = "gs://bucket/sweep"
 SITE = gcloud.Site("p", "us-east5-a", "v5p-16", "v2-alpha-tpuv5", True, (), ())
@@ -66,19 +67,28 @@ class World:
             self.stops.pop(0)
             raise Interrupted("SIGTERM: the same command goes on")
 
-    def sweep(self, jobs: int = 1, keep: bool = False, clone: str = "c1") -> list[str]:
+    def sweep(
+        self, jobs: int = 1, keep: bool = False, clone: str = "c1", replicas: int = 1
+    ) -> list[str]:
         """The same command, once more."""
         self.dead = False
         time = pool.Clock(lambda: self.cloud.now, self.pause)
         cloud = gcloud.Cloud(SITE, self.run, self.pause, self.said.append)
         done = self.cloud.done
 
-        def words(name: str) -> list[str]:
-            return ["python", "launch/sweep.py", "--x=a b'c", f"--member={name}"]
-
-        plan = pool.Plan(WORKDIR, clone, self.files, "echo 'a b'", words, lambda x: x.name in done)
         todo = [member for member in self.members if member.name not in done]
-        requests = pool.Pool(cloud, plan, todo, time, self.said.append, jobs=jobs, keep=keep)
+        units = units_of(todo, replicas)
+
+        def words(name: str) -> list[str]:
+            names = ",".join(member.name for member in units[name])
+            return ["python", "launch/sweep.py", "--x=a b'c", f"--member={names}"]
+
+        def is_done(first: Member) -> bool:
+            return all(member.name in done for member in units[first.name])
+
+        plan = orders.Plan(WORKDIR, clone, self.files, "echo 'a b'", units, words, is_done)
+        first = [unit[0] for unit in units.values()]
+        requests = pool.Pool(cloud, plan, first, time, self.said.append, jobs=jobs, keep=keep)
         return pool.run_all(requests, time, 30.0)
 
     def finished(self) -> bool:
@@ -332,8 +342,11 @@ def test_what_passes_is_waited_for(world: World, error: str, command: str) -> No
     ("error", "code"),
     [
         ("ERROR: (gcloud.x) PERMISSION_DENIED: tpu.nodes.create", 1),
-        ("ERROR: (gcloud.x) PERMISSION_DENIED: This command is authenticated as a@b which is the "
-         "active account specified by the [core/account] property", 1),
+        (
+            "ERROR: (gcloud.x) PERMISSION_DENIED: This command is authenticated as a@b which is "
+            "the active account specified by the [core/account] property",
+            1,
+        ),
         ("ERROR: (gcloud.x) INVALID_ARGUMENT: no such runtime", 1),
         ("ERROR: (gcloud.x) unrecognized arguments: --nose", 2),
         ("ERROR: (gcloud.x) NOT_FOUND: network default was not found", 1),
@@ -630,6 +643,21 @@ def test_a_run_that_is_no_more_asked_for_is_stopped(world: World) -> None:
     assert world.sweep() == []
     assert world.cloud.done == {"f/level/1", "f/level/2"} and world.cloud.made == 1
     assert not world.cloud.wrong
+
+
+@pytest.mark.parametrize(("before", "now"), [(3, 1), (1, 3), (3, 2)])
+def test_runs_in_other_units_than_before_have_one_writer(
+    world: World, before: int, now: int
+) -> None:
+    """Killed while a program of three is at work, and given again with other --replicas."""
+    world.events.append((260, lambda: setattr(world, "dead", True)))
+    with pytest.raises(Killed):
+        world.sweep(jobs=2, replicas=before)
+    assert any(world.cloud.running(name) for name in world.cloud.requests)
+    assert world.sweep(jobs=3, replicas=now) == []
+    assert world.finished()
+    stops = [call for call in world.cloud.calls if call[-1].endswith("tpu_host.sh stop")]
+    assert stops
 
 
 def test_while_one_is_not_heard_of_no_other_gets_its_run(world: World) -> None:

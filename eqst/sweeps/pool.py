@@ -9,9 +9,8 @@ to another TPU only when the one before is known to be gone.
 from __future__ import annotations
 
 import secrets
-import shlex
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from eqst.processes import EXIT_INTERRUPTED
 from eqst.record import clock
@@ -25,11 +24,11 @@ from eqst.sweeps.gcloud import (
     Cloud,
     LoginNeeded,
     PersonNeeded,
-    Site,
     said,
 )
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
+from eqst.sweeps.orders import Plan, setup_line, start_line
 from eqst.sweeps.queued import (
     ABSENT,
     ACTIVE,
@@ -49,26 +48,6 @@ from eqst.sweeps.queued import (
 
 STOP_SECONDS = 120.0  # for runs to save themselves before their TPUs are deleted
 BACKOFF_SECONDS, MOST_BACKOFF_SECONDS = 30.0, 900.0
-
-
-class Plan(NamedTuple):
-    """What the requests are to do.
-
-    Attributes:
-      workdir: of the sweep, in a bucket.
-      clone: the name of the clone in `files`.
-      files: what is copied to each host: the archive and the host's script.
-      setup: a shell line that each host runs in the clone before its environment is made.
-      words: the command of the run of a name.
-      is_done: whether a run has left all that it should.
-    """
-
-    workdir: str
-    clone: str
-    files: list[str]
-    setup: str
-    words: Callable[[str], list[str]]
-    is_done: Callable[[Member], bool]
 
 
 class Pool:
@@ -124,6 +103,9 @@ class Pool:
         specs = entry["tpu"]["nodeSpec"] if "tpu" in entry else []
         kinds = {x["node"]["acceleratorType"] for x in specs if "acceleratorType" in x["node"]}
         return bool(kinds - {self._cloud.site.accelerator_type})
+
+    def _key(self, member: Member) -> str:
+        return job_key(self._plan.units[member.name])
 
     def failed(self) -> list[str]:
         """The runs that failed as often as they may."""
@@ -213,7 +195,7 @@ class Pool:
             slot.unknown = False
         elif seen.hosts:
             running = {host.of for host in seen.hosts if host.job == "running"}
-            keys = {job_key(member): member for member in self._waiting}
+            keys = {self._key(member): member for member in self._waiting}
             job = running.pop() if len(running) == 1 else ""
             key = job.partition(".")[0]
             if key in keys:
@@ -266,8 +248,7 @@ class Pool:
         plan = self._plan
         answer = self._cloud.copy(slot.name, plan.files)
         if answer.code == 0:
-            words = ["bash", HOST_SCRIPT, "setup", plan.clone, plan.setup]
-            answer = self._cloud.on_hosts(slot.name, shlex.join(words))
+            answer = self._cloud.on_hosts(slot.name, setup_line(plan))
         self._note(slot, answer, "cannot be set up yet")
 
     def _start(self, slot: Slot) -> None:
@@ -277,7 +258,7 @@ class Pool:
         if not slot.job:
             self._tries[slot.member.name] += 1
             # No two jobs have one name, so that a host never takes a new one for the last.
-            slot.job = f"{job_key(slot.member)}.{secrets.token_hex(4)}"
+            slot.job = f"{self._key(slot.member)}.{secrets.token_hex(4)}"
             slot.started = self._time.now()
             self._say(f"{slot.name}: {slot.member.name}")
         line = start_line(self._plan, slot.job, slot.member.name)
@@ -397,13 +378,6 @@ class Pool:
             self._say(f"kept, and paid for: {', '.join(names)}; --cancel deletes them")
 
 
-def start_line(plan: Plan, job: str, name: str) -> str:
-    """The shell line that starts a run on a host."""
-    log = shlex.quote(f"{plan.workdir}/{name}/logs/{job}")
-    words = shlex.join(plan.words(name))
-    return f'bash {HOST_SCRIPT} start {job} {log}-"$(hostname)".txt {words}'
-
-
 def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
     """Runs what waits in a pool; the names of the runs that failed.
 
@@ -422,25 +396,3 @@ def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
     finally:
         pool.close()
     return pool.failed()
-
-
-def dry_lines(site: Site, plan: Plan, members: list[Member]) -> Iterator[str]:
-    """Every command that the first run takes, in their order, and how many runs follow."""
-    name = f"{prefix(plan.workdir)}0"
-    setup = shlex.join(["bash", HOST_SCRIPT, "setup", plan.clone, plan.setup])
-    job = f"{job_key(members[0])}.0"
-    for about, words in (
-        ("what is there", gcloud.list_words(site)),
-        ("a request of its own", gcloud.create_words(site, name)),
-        ("is it gone", gcloud.describe_words(site, name)),
-        ("its machine", gcloud.node_words(site, name)),
-        ("what its hosts are at", gcloud.ssh_words(site, name, STATE)),
-        ("the clone", gcloud.copy_words(site, name, plan.files)),
-        ("its environment", gcloud.ssh_words(site, name, setup)),
-        (members[0].name, gcloud.ssh_words(site, name, start_line(plan, job, members[0].name))),
-        ("where it fails", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} last")),
-        ("where it is to stop", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} stop")),
-        ("at the end", gcloud.delete_words(site, name)),
-    ):
-        yield f"# {about}\n{shlex.join(words)}"
-    yield f"# {len(members) - 1} more runs follow on the same requests"
