@@ -1,7 +1,10 @@
 """Sweeps on Cloud TPU against a cloud that is none: no run is lost, none doubled, nothing left."""
 
+import json
 import random
 import re
+import threading
+import time
 from pathlib import Path
 
 import fake_gcloud
@@ -40,6 +43,7 @@ class World:
         self.kill_before = True
         self.dead = False
         self.stops: list = []  # times at which a signal comes
+        self.at_once = 1  # commands: in one order, which the tests can count in
 
     def run(self, words: list[str], seconds: float) -> Answer:
         if self.dead:
@@ -73,7 +77,7 @@ class World:
         """The same command, once more."""
         self.dead = False
         time = pool.Clock(lambda: self.cloud.now, self.pause)
-        cloud = gcloud.Cloud(SITE, self.run, self.pause, self.said.append)
+        cloud = gcloud.Cloud(SITE, self.run, self.pause, self.said.append, self.at_once)
         done = self.cloud.done
 
         todo = [member for member in self.members if member.name not in done]
@@ -411,6 +415,64 @@ def test_a_login_lost_at_every_single_command(tmp_path: Path) -> None:
         )
         assert world.sweep(jobs=2) == [] and world.finished(), at
         assert world.cloud.made == 2, at
+
+
+def test_hosts_are_asked_side_by_side() -> None:
+    """In turn the first would wait for ever for the others; and answers are not mixed up."""
+    names = ["a", "b", "c"]
+    all_there = threading.Barrier(3)
+
+    def run(words: list[str], seconds: float) -> Answer:
+        all_there.wait(20)
+        return Answer(0, json.dumps({"name": words[5]}), "")
+
+    cloud = gcloud.Cloud(SITE, run, time.sleep, print, at_once=3)
+    heard = cloud.hear(names, "echo")
+    assert [json.loads(heard[name].out)["name"] for name in names] == names
+    assert cloud.nodes(names) == {name: {"name": name} for name in names}
+
+
+def test_an_error_of_one_call_leaves_none_behind() -> None:
+    """What is not known to have ended might be done behind the caller's back."""
+    ended = []
+
+    def fail() -> Answer:
+        raise PersonNeeded("no")
+
+    def end() -> Answer:
+        time.sleep(0.1)
+        ended.append(True)
+        return Answer(0, "", "")
+
+    with pytest.raises(PersonNeeded, match="no"):
+        gcloud.Cloud(SITE, gcloud.run, time.sleep, print).at_once([end, fail, end])
+    assert len(ended) == 2
+
+
+def test_one_that_does_not_answer_keeps_no_other_waiting(world: World, monkeypatch) -> None:
+    """Its question stays open while others end their runs and begin new ones."""
+    monkeypatch.setattr(gcloud, "HEAR_SECONDS", 0.05)
+    world.at_once = 4
+    world.cloud.work = {"f/level/0": 1e5}
+    others_done = threading.Event()
+    asked = []
+
+    def hook(command, positional):
+        if {"f/level/1", "f/level/2"} <= world.cloud.done:
+            others_done.set()
+        if command != ("tpu-vm", "ssh") or positional != [FIRST] or world.cloud.now < 250:
+            return None
+        if not others_done.is_set():
+            asked.append(world.cloud.now)
+            assert others_done.wait(60)
+            world.cloud.requests[FIRST]["hosts"][0]["job"]["end"] = world.cloud.now
+            return 124, "", "timed out"
+        return None
+
+    world.cloud.hooks.append(hook)
+    assert world.sweep(jobs=2) == []
+    assert world.finished() and world.cloud.made == 2
+    assert len(asked) == 1  # and once is enough
 
 
 def test_ssh_that_times_out_for_a_while(world: World) -> None:

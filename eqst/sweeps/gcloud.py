@@ -7,16 +7,20 @@ more hosts than gcloud serves at a time matters (--batch-size of `tpu-vm ssh` is
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 ASK_SECONDS, DO_SECONDS, COPY_SECONDS = 120.0, 300.0, 900.0  # a command may take
+HEAR_SECONDS = 30.0  # for all hosts to answer at a look; one that does not keeps no other waiting
+AT_ONCE = 16  # commands: each is a Python of its own, of some 100 MB
 TRIES = 6  # of a command that fails in a way that is not known to pass by itself
 PAUSES_SECONDS = (5, 10, 20, 40, 80, 160, 300)
 # What each kind of TPU boots with (Cloud TPU, "TPU software versions").
@@ -241,22 +245,41 @@ class Cloud:
         run: Callable[[list[str], float], Answer],
         pause: Callable[[float], None],
         say: Callable[[str], None],
+        at_once: int = AT_ONCE,
     ):
-        """`run` takes words and a limit in seconds; `pause` waits, and may end it all."""
+        """Takes what it needs of the world.
+
+        Args:
+          site: where, and of what.
+          run: takes words and a limit in seconds; the one that threads call.
+          pause: waits, and may end it all.
+          say: called with each line of progress.
+          at_once: commands side by side.
+        """
         self.site = site
         self._run, self._pause, self._say = run, pause, say
+        self._threads = concurrent.futures.ThreadPoolExecutor(at_once)
+        self._asked: dict[str, concurrent.futures.Future[Answer]] = {}
 
-    def ask(self, words: list[str], seconds: float = ASK_SECONDS) -> Answer:
+    def ask(
+        self, words: list[str], seconds: float = ASK_SECONDS, first: Answer | None = None
+    ) -> Answer:
         """The answer to a command that may be given any number of times.
 
         What is known to pass is waited for without end, longer each time.
+
+        Args:
+          words: of the command.
+          seconds: that it may take.
+          first: its answer, where it was given once already.
 
         Raises:
           PersonNeeded: it does not help to wait, or has not helped.
         """
         failures = unknown = 0
         while True:
-            answer = self._run(words, seconds)
+            answer = first or self._run(words, seconds)
+            first = None
             if answer.code == 0 or is_absent(answer) or is_there(answer):
                 return answer
             check(answer, self.site)
@@ -281,10 +304,15 @@ class Cloud:
         answer = self.ask(describe_words(self.site, name))
         return json.loads(answer.out) if answer.code == 0 else None
 
-    def node(self, name: str) -> dict[str, Any] | None:
-        """The machine behind it, or None."""
-        answer = self.ask(node_words(self.site, name))
-        return json.loads(answer.out) if answer.code == 0 else None
+    def nodes(self, names: list[str]) -> dict[str, dict[str, Any] | None]:
+        """The machines behind requests by name, or None."""
+        words = {name: node_words(self.site, name) for name in names}
+        calls = [functools.partial(self._run, x, ASK_SECONDS) for x in words.values()]
+        answers = {
+            name: self.ask(words[name], first=answer)
+            for name, answer in zip(names, self.at_once(calls), strict=True)
+        }
+        return {k: json.loads(x.out) if x.code == 0 else None for k, x in answers.items()}
 
     def create(self, name: str) -> None:
         """Makes a request, which may be there already."""
@@ -299,6 +327,28 @@ class Cloud:
     def on_hosts(self, name: str, command: str) -> Answer:
         """Runs a shell line on all hosts, once: what a failure means is for the caller."""
         return self._once(ssh_words(self.site, name, command), ASK_SECONDS)
+
+    def hear(self, names: list[str], command: str) -> dict[str, Answer | None]:
+        """Runs a shell line on all hosts of some TPUs, side by side.
+
+        Returns:
+          by name what was answered within HEAR_SECONDS; None where it is awaited still, and will be
+          at the next call, in place of another.
+        """
+        for name in names:
+            if name not in self._asked:
+                self._asked[name] = self._threads.submit(self.on_hosts, name, command)
+        asked = {name: self._asked[name] for name in names}
+        done, _ = concurrent.futures.wait(asked.values(), HEAR_SECONDS)
+        # Of a TPU that was not asked for this time an answer would be of the past.
+        self._asked = {name: x for name, x in asked.items() if x not in done}
+        return {name: x.result() if x in done else None for name, x in asked.items()}
+
+    def at_once(self, calls: Sequence[Callable[[], Answer]]) -> list[Answer]:
+        """What calls come to that neither wait nor say anything, made side by side."""
+        futures = [self._threads.submit(call) for call in calls]
+        concurrent.futures.wait(futures)  # so that none goes on behind an error of another
+        return [future.result() for future in futures]
 
     def copy(self, name: str, files: list[str]) -> Answer:
         """Copies files to all hosts, once."""

@@ -8,9 +8,10 @@ to another TPU only when the one before is known to be gone.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from eqst.processes import EXIT_INTERRUPTED
 from eqst.record import clock
@@ -33,11 +34,11 @@ from eqst.sweeps.queued import (
     ABSENT,
     ACTIVE,
     DEAF_LOOKS,
-    LOST,
     PENDING,
     READY,
     STATE,
     Action,
+    Host,
     Seen,
     Slot,
     decide,
@@ -48,6 +49,14 @@ from eqst.sweeps.queued import (
 
 STOP_SECONDS = 120.0  # for runs to save themselves before their TPUs are deleted
 BACKOFF_SECONDS, MOST_BACKOFF_SECONDS = 30.0, 900.0
+
+
+class Errand(NamedTuple):
+    """What hosts are to be told, by a call of their own thread, and in words what they `cannot`."""
+
+    slot: Slot
+    call: Callable[[], Answer]
+    what: str
 
 
 class Pool:
@@ -129,13 +138,14 @@ class Pool:
         return left
 
     def _step(self) -> bool:
-        listed = self._cloud.requests()
+        looks = self._looks()
         for slot in self.slots:
-            seen = self._look(slot, listed)
+            seen = looks[slot.name]
             if seen != slot.seen:
                 self._tell(slot, seen)
                 slot.seen, slot.since = seen, self._time.now()
             self._settle(slot)
+        errands: list[Errand] = []
         for slot in self.slots:
             wanted = slot.member is not None or slot in self._useful()
             if self._keep and not wanted and not slot.unknown:
@@ -144,38 +154,56 @@ class Pool:
             action = decide(
                 slot, wanted=wanted, free=free, clone=self._plan.clone, now=self._time.now()
             )
-            self._act(slot, action)
+            errands += self._act(slot, action)
+        answers = self._cloud.at_once([errand.call for errand in errands])
+        for errand, answer in zip(errands, answers, strict=True):
+            self._note(errand, answer)
         there = any(slot.seen.request != ABSENT for slot in self.slots) and not self._keep
         return bool(self._waiting) or there or any(slot.member for slot in self.slots)
 
     # --- looking
 
-    def _look(self, slot: Slot, listed: dict[str, Any]) -> Seen:
+    def _looks(self) -> dict[str, Seen]:
+        """What is the case with every request, by name."""
+        listed = self._cloud.requests()
+        states = {slot.name: self._state(slot, listed) for slot in self.slots}
+        nodes = self._cloud.nodes([name for name, state in states.items() if state == ACTIVE])
+        there = {name: node for name, node in nodes.items() if node is not None}
+        ready = [name for name, node in there.items() if node["state"] == READY]
+        answers = self._cloud.hear(ready, STATE)
+        looks = {name: Seen(state) for name, state in states.items()}
+        looks |= {name: Seen(ACTIVE, node["state"]) for name, node in there.items()}
+        for slot in self.slots:
+            if slot.name in answers:
+                count = len(there[slot.name]["networkEndpoints"])
+                hosts = self._hosts(slot, count, answers[slot.name])
+                looks[slot.name] = Seen(ACTIVE, READY, hosts)
+        return looks
+
+    def _state(self, slot: Slot, listed: dict[str, Any]) -> str:
         entry = listed[slot.name] if slot.name in listed else None
         if entry is None and slot.seen.request != ABSENT:
             entry = self._cloud.request(slot.name)  # that it is gone, a list alone does not prove
         if entry is None:
-            return Seen(ABSENT)
+            return ABSENT
         state = entry["state"]["state"]
         if state == "FAILED" and "failedData" in entry["state"] and not slot.unknown:
             why = entry["state"]["failedData"]["error"]["message"]
             if gcloud.is_quota(why):
                 raise PersonNeeded(f"{slot.name}: {why}: ask for more quota, or lower --jobs")
-        if state != ACTIVE:
-            return Seen(state)
-        node = self._cloud.node(slot.name)
-        if node is None:
-            return Seen(state)
-        if node["state"] != READY:
-            return Seen(state, node["state"])
-        answer = self._cloud.on_hosts(slot.name, STATE)
+        return state
+
+    def _hosts(self, slot: Slot, count: int, answer: Answer | None) -> tuple[Host, ...]:
+        """The hosts of a TPU that has so many, if all of them answered."""
+        if answer is None:  # it is awaited still
+            return ()
         hosts = heard(answer.out)
-        if len(hosts) != len(node["networkEndpoints"]):
+        if len(hosts) != count:
             slot.deaf += 1
             self._say(f"{slot.name}: its hosts do not answer ({said(answer)})")
-            return Seen(state, READY)
+            return ()
         slot.deaf, self._ever_heard = 0, True
-        return Seen(state, READY, tuple(sorted(hosts)))
+        return tuple(sorted(hosts))
 
     def _tell(self, slot: Slot, seen: Seen) -> None:
         """A line where a request has come to another state."""
@@ -191,7 +219,7 @@ class Pool:
             slot.member, slot.job = None, ""
         if not slot.unknown:
             return
-        if seen.request == ABSENT or seen.request in PENDING | LOST:
+        if seen.request == ABSENT or seen.request in PENDING:
             slot.unknown = False
         elif seen.hosts:
             running = {host.of for host in seen.hosts if host.job == "running"}
@@ -215,20 +243,21 @@ class Pool:
 
     # --- acting
 
-    def _act(self, slot: Slot, action: Action) -> None:
+    def _act(self, slot: Slot, action: Action) -> list[Errand]:
+        """Does it, but for what hosts are told, which is left to be told to all at once."""
         if action is Action.CREATE:
             self._say(f"{slot.name}: asking for {self._cloud.site.accelerator_type}")
             # Whatever will be answered, it may be there from now on.
             slot.seen, slot.since = Seen("CREATING"), self._time.now()
             self._cloud.create(slot.name)
         elif action is Action.SHIP:
-            self._ship(slot)
+            return [Errand(slot, functools.partial(self._ship, slot.name), "be set up")]
         elif action is Action.START:
-            self._start(slot)
+            return [Errand(slot, self._start(slot), "be started")]
         elif action is Action.END:
             self._end(slot)
         elif action is Action.STOP:
-            self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} stop")
+            return [Errand(slot, self._telling(slot, f"bash {HOST_SCRIPT} stop"), "be stopped")]
         elif action is Action.LOSE:
             self._lose(slot)
         elif action is Action.HUNG:
@@ -243,15 +272,16 @@ class Pool:
         elif action is Action.DELETE:
             self._cloud.delete(slot.name)
             slot.seen, slot.since = Seen("DELETING"), self._time.now()
+        return []
 
-    def _ship(self, slot: Slot) -> None:
-        plan = self._plan
-        answer = self._cloud.copy(slot.name, plan.files)
-        if answer.code == 0:
-            answer = self._cloud.on_hosts(slot.name, setup_line(plan))
-        self._note(slot, answer, "cannot be set up yet")
+    def _telling(self, slot: Slot, line: str) -> Callable[[], Answer]:
+        return functools.partial(self._cloud.on_hosts, slot.name, line)
 
-    def _start(self, slot: Slot) -> None:
+    def _ship(self, name: str) -> Answer:
+        answer = self._cloud.copy(name, self._plan.files)
+        return answer if answer.code else self._cloud.on_hosts(name, setup_line(self._plan))
+
+    def _start(self, slot: Slot) -> Callable[[], Answer]:
         self._setup_failures = 0
         if slot.member is None:
             slot.member = self._waiting.pop(0)
@@ -261,14 +291,14 @@ class Pool:
             slot.job = f"{self._key(slot.member)}.{secrets.token_hex(4)}"
             slot.started = self._time.now()
             self._say(f"{slot.name}: {slot.member.name}")
-        line = start_line(self._plan, slot.job, slot.member.name)
-        self._note(slot, self._cloud.on_hosts(slot.name, line), "cannot be started yet")
+        return self._telling(slot, start_line(self._plan, slot.job, slot.member.name))
 
-    def _note(self, slot: Slot, answer: Answer, what: str) -> None:
+    def _note(self, errand: Errand, answer: Answer) -> None:
         """A failed command is given again at the next look, some times."""
+        slot = errand.slot
         slot.refused = slot.refused + 1 if answer.code else 0
         if answer.code:
-            self._say(f"{slot.name}: {what} ({said(answer)})")
+            self._say(f"{slot.name}: cannot {errand.what} yet ({said(answer)})")
 
     def _end(self, slot: Slot) -> None:
         """Every host's part of the run has ended."""
@@ -350,13 +380,13 @@ class Pool:
     def leave(self) -> None:
         """Has every run save itself and end, so that its TPU can be deleted."""
         busy = [slot for slot in self.slots if slot.job and slot.seen.hosts and not self._keep]
-        for slot in busy:
-            self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} stop")
+        stop = f"bash {HOST_SCRIPT} stop"
+        self._cloud.at_once([self._telling(slot, stop) for slot in busy])
         end = self._time.now() + STOP_SECONDS
         while busy and self._time.now() < end:
             self._time.pause(5.0)
-            answers = {s.name: heard(self._cloud.on_hosts(s.name, STATE).out) for s in busy}
-            busy = [s for s in busy if any(host.job == "running" for host in answers[s.name])]
+            answers = self._cloud.hear([slot.name for slot in busy], STATE)
+            busy = [slot for slot in busy if _runs(answers[slot.name])]
 
     def close(self) -> None:
         """Deletes all requests of the sweep and waits until they are gone.
@@ -376,6 +406,11 @@ class Pool:
             delete(self._cloud, names, self._time)
         elif names:
             self._say(f"kept, and paid for: {', '.join(names)}; --cancel deletes them")
+
+
+def _runs(answer: Answer | None) -> bool:
+    """Whether hosts that said this, or are to answer yet, may be at a run still."""
+    return answer is None or any(host.job == "running" for host in heard(answer.out))
 
 
 def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
