@@ -591,7 +591,7 @@ def test_a_second_signal_names_what_is_left(world: World) -> None:
         world.cloud.requests.clear()
         world.dead = False
         world.cloud._queued_resources_create([FIRST], {"--accelerator-type": "v5p-16"})
-        deletion.delete(gcloud.Cloud(SITE, world.run, world.pause, print), [FIRST], time)
+        deletion.delete(gcloud.Cloud(SITE, world.run, world.pause, print, 1), [FIRST], time)
 
 
 def test_keeping_leaves_them_at_work_and_says_so(world: World) -> None:
@@ -628,10 +628,12 @@ def test_cancel_goes_past_one_that_is_not_deleted(world: World) -> None:
     for name in (FIRST, SECOND):
         world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
     world.cloud.hooks.append(refused_delete(FIRST))
-    cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print, 1)
     time = pool.Clock(lambda: world.cloud.now, world.pause)
     with pytest.raises(PersonNeeded, match=rf"NOT DELETED.*: {FIRST} \("):
         deletion.cancel(cloud, WORKDIR, time)
+    tried = [call[5] for call in world.cloud.calls if call[4] == "delete"]
+    assert tried[:3] == [FIRST, SECOND, FIRST]  # not first to the end with one
     world.cloud.forget()
     assert list(world.cloud.requests) == [FIRST]
     world.cloud.hooks.clear()  # it may be deleted now
@@ -640,13 +642,14 @@ def test_cancel_goes_past_one_that_is_not_deleted(world: World) -> None:
     assert not world.cloud.requests
 
 
-def test_one_that_is_refused_for_a_while_is_deleted_in_the_end(world: World) -> None:
+def test_one_that_is_refused_for_a_while_is_deleted_in_the_end(world: World, monkeypatch) -> None:
     """While the other goes, it is tried again."""
+    monkeypatch.setattr(fake_gcloud, "DELETED_AFTER", 300)
     for name in (FIRST, SECOND):
         world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
     hook = refused_delete(FIRST)
     world.cloud.hooks.append(lambda *words: hook(*words) if world.cloud.now < 170 else None)
-    cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print, 1)
     time = pool.Clock(lambda: world.cloud.now, world.pause)
     assert deletion.cancel(cloud, WORKDIR, time) == [FIRST, SECOND]
     world.cloud.forget()
@@ -657,7 +660,7 @@ def test_cancel_deletes_what_is_of_this_workdir_alone(world: World) -> None:
     for name in (FIRST, SECOND, "eqst-0000000000-0", "someone-else"):
         world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
     world.cloud.requests[SECOND]["suspended"] = 0.0
-    cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print, 1)
     time = pool.Clock(lambda: world.cloud.now, world.pause)
     assert deletion.cancel(cloud, WORKDIR + "/", time) == [FIRST, SECOND]
     world.cloud.forget()

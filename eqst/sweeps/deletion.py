@@ -25,7 +25,7 @@ def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
     try:
         while left:
             # One that was suspended or failed meanwhile may have let the first call pass.
-            why = _refused(cloud, [name for name in left if name not in going])
+            why = cloud.delete_all([name for name in left if name not in going])
             entries = {name: cloud.request(name) for name in left}
             there = {name: entry for name, entry in entries.items() if entry is not None}
             left = list(there)
@@ -41,17 +41,6 @@ def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
             f"NOT DELETED, and perhaps paid for: {', '.join(left)} ({error}); the same command "
             "with --cancel deletes them"
         ) from None
-
-
-def _refused(cloud: Cloud, names: list[str]) -> dict[str, str]:
-    """Has each be deleted; why it was refused, by name."""
-    why = {}
-    for name in names:
-        try:
-            cloud.delete(name)
-        except PersonNeeded as error:
-            why[name] = str(error)
-    return why
 
 
 def cancel(cloud: Cloud, workdir: str, time: Clock) -> list[str]:

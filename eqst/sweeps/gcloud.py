@@ -307,10 +307,9 @@ class Cloud:
     def nodes(self, names: list[str]) -> dict[str, dict[str, Any] | None]:
         """The machines behind requests by name, or None."""
         words = {name: node_words(self.site, name) for name in names}
-        calls = [functools.partial(self._run, x, ASK_SECONDS) for x in words.values()]
         answers = {
-            name: self.ask(words[name], first=answer)
-            for name, answer in zip(names, self.at_once(calls), strict=True)
+            name: self.ask(words[name], first=first)
+            for name, first in self._first(words, ASK_SECONDS).items()
         }
         return {k: json.loads(x.out) if x.code == 0 else None for k, x in answers.items()}
 
@@ -323,6 +322,22 @@ class Cloud:
     def delete(self, name: str) -> None:
         """Deletes a request, which may be gone already."""
         self.ask(delete_words(self.site, name), DO_SECONDS)
+
+    def delete_all(self, names: list[str]) -> dict[str, str]:
+        """Deletes requests, each whatever comes of another; why it was refused, by name."""
+        words = {name: delete_words(self.site, name) for name in names}
+        why = {}
+        for name, first in self._first(words, DO_SECONDS).items():
+            try:
+                self.ask(words[name], DO_SECONDS, first)
+            except PersonNeeded as error:
+                why[name] = str(error)
+        return why
+
+    def _first(self, words: dict[str, list[str]], seconds: float) -> dict[str, Answer]:
+        """By name the first answers, good or bad, to commands that are given side by side."""
+        calls = [functools.partial(self._run, x, seconds) for x in words.values()]
+        return dict(zip(words, self.at_once(calls), strict=True))
 
     def on_hosts(self, name: str, command: str) -> Answer:
         """Runs a shell line on all hosts, once: what a failure means is for the caller."""
