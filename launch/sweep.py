@@ -34,9 +34,11 @@ from eqst.stopping import Interrupted
 from eqst.sweeps import (
     bucket,
     clone,
+    deletion,
     gcloud,
     local,
     members,
+    orders,
     outcomes,
     pool,
     progress,
@@ -256,7 +258,7 @@ def _tpu_site() -> gcloud.Site:
     )
 
 
-def _tpu_plan(work: Work, folder: pathlib.Path) -> pool.Plan:
+def _tpu_plan(work: Work, folder: pathlib.Path) -> orders.Plan:
     """What hosts are to do, with the clone as an archive in `folder`."""
     options = flags.FLAGS
     file = pathlib.Path(_config_path().partition(":")[0])
@@ -277,7 +279,7 @@ def _tpu_plan(work: Work, folder: pathlib.Path) -> pool.Plan:
         return [*python, *work.words(name)]
 
     workdir = options.workdir.rstrip("/")
-    return pool.Plan(workdir, name, shipped, options.setup, words, work.is_done)
+    return orders.Plan(workdir, name, shipped, options.setup, work.units, words, work.is_done)
 
 
 def _tpu_time() -> pool.Clock:
@@ -312,7 +314,7 @@ def _run_on_tpus(work: Work) -> list[str]:
 def _cancel() -> None:
     clock = _tpu_time()
     cloud = gcloud.Cloud(_tpu_site(), gcloud.run, clock.pause, functools.partial(print, flush=True))
-    names = pool.cancel(cloud, flags.FLAGS.workdir, clock)
+    names = deletion.cancel(cloud, flags.FLAGS.workdir, clock)
     print(f"deleted: {', '.join(names) or 'nothing, there was none'}")
 
 
@@ -396,7 +398,7 @@ def main() -> None:
         if on_tpus:
             with tempfile.TemporaryDirectory() as folder:
                 plan = _tpu_plan(work, pathlib.Path(folder))
-                print("\n".join(pool.dry_lines(_tpu_site(), plan, work.first())))
+                print("\n".join(orders.dry_lines(_tpu_site(), plan, work.first())))
         if on_slurm:
             units = members.units(work.first(), options.replicas).values()
             print(

@@ -312,19 +312,20 @@ class Cloud:
 
     def _finish(self, job: dict) -> None:
         if self.now >= job["end"] and job["code"] == 0:
-            self.done.add(job["member"])
+            self.done.update(job["member"].split(","))
 
     def _start(self, name: str, host: dict, rest: list[str]) -> tuple[int, str, str]:
         job, log, *words = rest
-        member = words[-1].removeprefix("--member=")
-        assert log.startswith(f"gs://bucket/sweep/{member}/logs/{job}-"), log
+        member = words[-1].removeprefix("--member=")  # or several, "A,B"
+        names = set(member.split(","))
+        assert log.startswith(f"gs://bucket/sweep/{member.partition(',')[0]}/logs/{job}-"), log
         if host["job"] and host["job"]["id"] == job:
             return 0, "", ""
         if host["job"] and self.now < host["job"]["end"]:
             return 3, "", "eqst: busy"
         for other in self.requests:
             for running in self.running(other):
-                if running["member"] == member and running["id"] != job:
+                if names & set(running["member"].split(",")) and running["id"] != job:
                     self.wrong.append(f"{member} on {other} and {name} at {self.now}")
         same = [
             x["job"] for x in self.requests[name]["hosts"] if x["job"] and x["job"]["id"] == job

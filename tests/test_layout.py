@@ -57,7 +57,8 @@ ORDER = (
     # a sweep's runs
     *("sweeps.spaces", "sweeps.members", "sweeps.turn", "sweeps.single", "sweeps.local"),
     *("sweeps.outcomes", "sweeps.progress", "sweeps.slurm"),
-    *("sweeps.bucket", "sweeps.clone", "sweeps.gcloud", "sweeps.queued", "sweeps.pool"),
+    *("sweeps.bucket", "sweeps.clone", "sweeps.gcloud", "sweeps.queued"),
+    *("sweeps.deletion", "sweeps.orders", "sweeps.pool"),
     # the open benchmark
     *("transfer", "tasks", "contestants", "leaderboard", "benchmark"),
     # the page

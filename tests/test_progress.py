@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import bucket
 import pytest
 from etils import epath
 from test_sweep import CONFIG, members_of, write_member
 
-from eqst import lock
+from eqst import lock, processes
 from eqst.sweeps import progress, turn
 
 
@@ -50,6 +51,44 @@ def test_states(tmp_path: Path, member) -> None:
     assert len(state(tmp_path, member)[1]) == 200
     write_member(folder, member, [1.0, 2.0], 2.0)
     assert state(tmp_path, member) == ("done", "")
+
+
+def test_why_a_run_on_a_tpu_failed(tmp_path: Path, member, monkeypatch) -> None:
+    """By the logs of its hosts in a bucket: of the newest attempt, whichever host says it."""
+
+    def put(owner, name, value) -> None:
+        setter = monkeypatch.setitem if isinstance(owner, dict) else monkeypatch.setattr
+        setter(owner, name, value)
+
+    bucket.install(tmp_path, put)
+    folder = tmp_path / "b" / "w" / member.name
+    (folder / "logs").mkdir(parents=True)
+
+    def leave(job: str, host: str, text: str, seconds_ago: float) -> None:
+        path = folder / "logs" / f"{job}-{host}.txt"
+        path.write_text(f"train: 4 recordings\n{text}\n")
+        os.utime(path, (time.time(), time.time() - seconds_ago))
+
+    def now() -> tuple[str, str]:
+        row = progress.read(epath.Path("gs://b/w"), member)
+        return row.state, row.note
+
+    leave("b.1", "w-0", f"process 1 has failed and says why: {processes.START_AGAIN}", 300)
+    assert now() == ("interrupted", "")
+    leave("b.1", "w-1", "launch/sweep.py: no space left", 310)
+    assert now() == ("failed", "no space left")  # before it had any card
+    (folder / "metrics.jsonl").write_text('{"step": 2}\n')
+    os.utime(folder / "metrics.jsonl", (time.time(), time.time() - 400))
+    assert now() == ("failed", "no space left")  # it was written to until shortly before
+    os.utime(folder / "metrics.jsonl")
+    assert now() == ("running", "")  # another attempt
+    os.utime(folder / "metrics.jsonl", (time.time(), time.time() - 5000))
+    leave("a.2", "w-0", "step 3/4", 100)
+    assert now() == ("interrupted", "")
+    leave("a.2", "w-0", "Traceback (most recent call last):\nKeyError: 1", 90)
+    assert now() == ("failed", "KeyError: 1")
+    row = progress.read(epath.Path("gs://b/w"), member)
+    assert progress.table([row]).splitlines()[1].endswith("KeyError: 1")
 
 
 def test_numbers(tmp_path: Path, member) -> None:
@@ -99,7 +138,7 @@ def test_the_table(member) -> None:
 HOLD = """
 import sys, time
 from etils import epath
-from eqst import lock
+from eqst import lock, processes
 held = lock.hold(epath.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -1,7 +1,10 @@
 """Sweeps on Cloud TPU against a cloud that is none: no run is lost, none doubled, nothing left."""
 
+import json
 import random
 import re
+import threading
+import time
 from pathlib import Path
 
 import fake_gcloud
@@ -9,9 +12,10 @@ import pytest
 
 from eqst import config
 from eqst.stopping import Interrupted
-from eqst.sweeps import gcloud, pool, queued
+from eqst.sweeps import deletion, gcloud, orders, pool, queued
 from eqst.sweeps.gcloud import Answer, PersonNeeded
 from eqst.sweeps.members import Member
+from eqst.sweeps.members import units as units_of
 
 WORKDIR = "gs://bucket/sweep"
 SITE = gcloud.Site("p", "us-east5-a", "v5p-16", "v2-alpha-tpuv5", True, (), ())
@@ -39,6 +43,7 @@ class World:
         self.kill_before = True
         self.dead = False
         self.stops: list = []  # times at which a signal comes
+        self.at_once = 1  # commands: in one order, which the tests can count in
 
     def run(self, words: list[str], seconds: float) -> Answer:
         if self.dead:
@@ -66,19 +71,28 @@ class World:
             self.stops.pop(0)
             raise Interrupted("SIGTERM: the same command goes on")
 
-    def sweep(self, jobs: int = 1, keep: bool = False, clone: str = "c1") -> list[str]:
+    def sweep(
+        self, jobs: int = 1, keep: bool = False, clone: str = "c1", replicas: int = 1
+    ) -> list[str]:
         """The same command, once more."""
         self.dead = False
         time = pool.Clock(lambda: self.cloud.now, self.pause)
-        cloud = gcloud.Cloud(SITE, self.run, self.pause, self.said.append)
+        cloud = gcloud.Cloud(SITE, self.run, self.pause, self.said.append, self.at_once)
         done = self.cloud.done
 
-        def words(name: str) -> list[str]:
-            return ["python", "launch/sweep.py", "--x=a b'c", f"--member={name}"]
-
-        plan = pool.Plan(WORKDIR, clone, self.files, "echo 'a b'", words, lambda x: x.name in done)
         todo = [member for member in self.members if member.name not in done]
-        requests = pool.Pool(cloud, plan, todo, time, self.said.append, jobs=jobs, keep=keep)
+        units = units_of(todo, replicas)
+
+        def words(name: str) -> list[str]:
+            names = ",".join(member.name for member in units[name])
+            return ["python", "launch/sweep.py", "--x=a b'c", f"--member={names}"]
+
+        def is_done(first: Member) -> bool:
+            return all(member.name in done for member in units[first.name])
+
+        plan = orders.Plan(WORKDIR, clone, self.files, "echo 'a b'", units, words, is_done)
+        first = [unit[0] for unit in units.values()]
+        requests = pool.Pool(cloud, plan, first, time, self.said.append, jobs=jobs, keep=keep)
         return pool.run_all(requests, time, 30.0)
 
     def finished(self) -> bool:
@@ -331,8 +345,12 @@ def test_what_passes_is_waited_for(world: World, error: str, command: str) -> No
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        ("ERROR: (gcloud.x) You do not currently have an active account selected.", 1),
         ("ERROR: (gcloud.x) PERMISSION_DENIED: tpu.nodes.create", 1),
+        (
+            "ERROR: (gcloud.x) PERMISSION_DENIED: This command is authenticated as a@b which is "
+            "the active account specified by the [core/account] property",
+            1,
+        ),
         ("ERROR: (gcloud.x) INVALID_ARGUMENT: no such runtime", 1),
         ("ERROR: (gcloud.x) unrecognized arguments: --nose", 2),
         ("ERROR: (gcloud.x) NOT_FOUND: network default was not found", 1),
@@ -347,6 +365,114 @@ def test_what_does_not_pass_is_one_line(world: World, error: str, code: int) -> 
         world.sweep()
     assert error in str(caught.value) and "\n" not in str(caught.value)
     assert world.count("queued-resources", "create") == 1
+
+
+EXPIRED = (
+    1, "",
+    "ERROR: (gcloud.compute.tpus) There was a problem refreshing your current auth tokens: "
+    "Reauthentication failed. cannot prompt during non-interactive execution.\n"
+    "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.",
+)  # fmt: skip
+
+
+def test_a_login_that_expires_is_waited_for(world: World) -> None:
+    """Runs go on and end meanwhile; no TPU is deleted for it."""
+    world.cloud.hooks.append(lambda *_: EXPIRED if 150 < world.cloud.now < 2000 else None)
+    assert world.sweep(jobs=2) == []
+    assert world.finished() and world.cloud.made == 2
+    (line,) = [line for line in world.said if "Reauthentication" in line]
+    assert "`gcloud auth login`" in line and "\n" not in line
+    assert world.said.count("logged in again") == 1
+
+
+def test_without_a_login_at_the_end_what_is_left_is_named(world: World) -> None:
+    world.cloud.hooks.append(lambda *_: EXPIRED if world.cloud.now > 260 else None)
+    world.stops = [500]
+    left = f"NOT DELETED.*: {FIRST}, {SECOND} .*Reauthentication.*--cancel"
+    with pytest.raises(PersonNeeded, match=left):
+        world.sweep(jobs=2)
+    assert world.cloud.state(FIRST) == world.cloud.state(SECOND) == "ACTIVE"
+    world.cloud.hooks.clear()
+    assert world.sweep(jobs=2) == [] and world.finished() and world.cloud.made == 2
+
+
+def test_without_a_login_at_the_start_it_is_one_line(world: World) -> None:
+    for error in (EXPIRED[2], "ERROR: (gcloud) You do not currently have an active account"):
+        world.cloud.hooks[:] = [lambda *_, error=error: (1, "", error)]
+        with pytest.raises(PersonNeeded, match=r"ERROR: \(gcloud.*: `gcloud auth login`"):
+            world.sweep()
+    assert world.calls == 2
+
+
+def test_a_login_lost_at_every_single_command(tmp_path: Path) -> None:
+    whole = World(tmp_path, count=2)
+    whole.sweep(jobs=2)
+    closing = next(i for i, call in enumerate(whole.cloud.calls) if call[4] == "delete")
+    for at in range(2, closing + 1):
+        world = World(tmp_path, count=2)
+        world.cloud.hooks.append(
+            lambda *_, world=world, at=at: EXPIRED if at <= world.calls < at + 3 else None
+        )
+        assert world.sweep(jobs=2) == [] and world.finished(), at
+        assert world.cloud.made == 2, at
+
+
+def test_hosts_are_asked_side_by_side() -> None:
+    """In turn the first would wait for ever for the others; and answers are not mixed up."""
+    names = ["a", "b", "c"]
+    all_there = threading.Barrier(3)
+
+    def run(words: list[str], seconds: float) -> Answer:
+        all_there.wait(20)
+        return Answer(0, json.dumps({"name": words[5]}), "")
+
+    cloud = gcloud.Cloud(SITE, run, time.sleep, print, at_once=3)
+    heard = cloud.hear(names, "echo")
+    assert [json.loads(heard[name].out)["name"] for name in names] == names
+    assert cloud.nodes(names) == {name: {"name": name} for name in names}
+
+
+def test_an_error_of_one_call_leaves_none_behind() -> None:
+    """What is not known to have ended might be done behind the caller's back."""
+    ended = []
+
+    def fail() -> Answer:
+        raise PersonNeeded("no")
+
+    def end() -> Answer:
+        time.sleep(0.1)
+        ended.append(True)
+        return Answer(0, "", "")
+
+    with pytest.raises(PersonNeeded, match="no"):
+        gcloud.Cloud(SITE, gcloud.run, time.sleep, print).at_once([end, fail, end])
+    assert len(ended) == 2
+
+
+def test_one_that_does_not_answer_keeps_no_other_waiting(world: World, monkeypatch) -> None:
+    """Its question stays open while others end their runs and begin new ones."""
+    monkeypatch.setattr(gcloud, "HEAR_SECONDS", 0.05)
+    world.at_once = 4
+    world.cloud.work = {"f/level/0": 1e5}
+    others_done = threading.Event()
+    asked = []
+
+    def hook(command, positional):
+        if {"f/level/1", "f/level/2"} <= world.cloud.done:
+            others_done.set()
+        if command != ("tpu-vm", "ssh") or positional != [FIRST] or world.cloud.now < 250:
+            return None
+        if not others_done.is_set():
+            asked.append(world.cloud.now)
+            assert others_done.wait(60)
+            world.cloud.requests[FIRST]["hosts"][0]["job"]["end"] = world.cloud.now
+            return 124, "", "timed out"
+        return None
+
+    world.cloud.hooks.append(hook)
+    assert world.sweep(jobs=2) == []
+    assert world.finished() and world.cloud.made == 2
+    assert len(asked) == 1  # and once is enough
 
 
 def test_ssh_that_times_out_for_a_while(world: World) -> None:
@@ -465,7 +591,7 @@ def test_a_second_signal_names_what_is_left(world: World) -> None:
         world.cloud.requests.clear()
         world.dead = False
         world.cloud._queued_resources_create([FIRST], {"--accelerator-type": "v5p-16"})
-        pool.delete(gcloud.Cloud(SITE, world.run, world.pause, print), [FIRST], time)
+        deletion.delete(gcloud.Cloud(SITE, world.run, world.pause, print, 1), [FIRST], time)
 
 
 def test_keeping_leaves_them_at_work_and_says_so(world: World) -> None:
@@ -478,13 +604,65 @@ def test_keeping_leaves_them_at_work_and_says_so(world: World) -> None:
     assert world.sweep() == [] and world.finished()  # without --keep it goes, though all is done
 
 
+def refused_delete(name: str):
+    """A hook: the one request that gcloud does not delete."""
+
+    def hook(command, positional):
+        if command == ("queued-resources", "delete") and positional == [name]:
+            return 1, "", "ERROR: (gcloud) FAILED_PRECONDITION: it is being provisioned"
+        return None
+
+    return hook
+
+
+def test_one_that_is_not_deleted_is_named_and_keeps_no_other(world: World) -> None:
+    world.cloud.hooks.append(refused_delete(FIRST))
+    world.stops = [260]
+    with pytest.raises(PersonNeeded, match=rf"NOT DELETED.*: {FIRST} \(.*being provisioned"):
+        world.sweep(jobs=3)
+    world.cloud.forget()
+    assert world.cloud.made == 3 and list(world.cloud.requests) == [FIRST]
+
+
+def test_cancel_goes_past_one_that_is_not_deleted(world: World) -> None:
+    for name in (FIRST, SECOND):
+        world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
+    world.cloud.hooks.append(refused_delete(FIRST))
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print, 1)
+    time = pool.Clock(lambda: world.cloud.now, world.pause)
+    with pytest.raises(PersonNeeded, match=rf"NOT DELETED.*: {FIRST} \("):
+        deletion.cancel(cloud, WORKDIR, time)
+    tried = [call[5] for call in world.cloud.calls if call[4] == "delete"]
+    assert tried[:3] == [FIRST, SECOND, FIRST]  # not first to the end with one
+    world.cloud.forget()
+    assert list(world.cloud.requests) == [FIRST]
+    world.cloud.hooks.clear()  # it may be deleted now
+    assert deletion.cancel(cloud, WORKDIR, time) == [FIRST]
+    world.cloud.forget()
+    assert not world.cloud.requests
+
+
+def test_one_that_is_refused_for_a_while_is_deleted_in_the_end(world: World, monkeypatch) -> None:
+    """While the other goes, it is tried again."""
+    monkeypatch.setattr(fake_gcloud, "DELETED_AFTER", 300)
+    for name in (FIRST, SECOND):
+        world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
+    hook = refused_delete(FIRST)
+    world.cloud.hooks.append(lambda *words: hook(*words) if world.cloud.now < 170 else None)
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print, 1)
+    time = pool.Clock(lambda: world.cloud.now, world.pause)
+    assert deletion.cancel(cloud, WORKDIR, time) == [FIRST, SECOND]
+    world.cloud.forget()
+    assert not world.cloud.requests
+
+
 def test_cancel_deletes_what_is_of_this_workdir_alone(world: World) -> None:
     for name in (FIRST, SECOND, "eqst-0000000000-0", "someone-else"):
         world.cloud._queued_resources_create([name], {"--accelerator-type": "v5p-16"})
     world.cloud.requests[SECOND]["suspended"] = 0.0
-    cloud = gcloud.Cloud(SITE, world.run, world.pause, print)
+    cloud = gcloud.Cloud(SITE, world.run, world.pause, print, 1)
     time = pool.Clock(lambda: world.cloud.now, world.pause)
-    assert pool.cancel(cloud, WORKDIR + "/", time) == [FIRST, SECOND]
+    assert deletion.cancel(cloud, WORKDIR + "/", time) == [FIRST, SECOND]
     world.cloud.forget()
     assert set(world.cloud.requests) == {"eqst-0000000000-0", "someone-else"}
 
@@ -530,6 +708,21 @@ def test_a_run_that_is_no_more_asked_for_is_stopped(world: World) -> None:
     assert world.sweep() == []
     assert world.cloud.done == {"f/level/1", "f/level/2"} and world.cloud.made == 1
     assert not world.cloud.wrong
+
+
+@pytest.mark.parametrize(("before", "now"), [(3, 1), (1, 3), (3, 2)])
+def test_runs_in_other_units_than_before_have_one_writer(
+    world: World, before: int, now: int
+) -> None:
+    """Killed while a program of three is at work, and given again with other --replicas."""
+    world.events.append((260, lambda: setattr(world, "dead", True)))
+    with pytest.raises(Killed):
+        world.sweep(jobs=2, replicas=before)
+    assert any(world.cloud.running(name) for name in world.cloud.requests)
+    assert world.sweep(jobs=3, replicas=now) == []
+    assert world.finished()
+    stops = [call for call in world.cloud.calls if call[-1].endswith("tpu_host.sh stop")]
+    assert stops
 
 
 def test_while_one_is_not_heard_of_no_other_gets_its_run(world: World) -> None:

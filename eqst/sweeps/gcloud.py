@@ -7,16 +7,20 @@ more hosts than gcloud serves at a time matters (--batch-size of `tpu-vm ssh` is
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 ASK_SECONDS, DO_SECONDS, COPY_SECONDS = 120.0, 300.0, 900.0  # a command may take
+HEAR_SECONDS = 30.0  # for all hosts to answer at a look; one that does not keeps no other waiting
+AT_ONCE = 16  # commands: each is a Python of its own, of some 100 MB
 TRIES = 6  # of a command that fails in a way that is not known to pass by itself
 PAUSES_SECONDS = (5, 10, 20, 40, 80, 160, 300)
 # What each kind of TPU boots with (Cloud TPU, "TPU software versions").
@@ -34,8 +38,13 @@ _QUOTA = re.compile(r"quota|PerProjectPerZone|IN_USE_ADDRESSES", re.I)
 _ABSENT = re.compile(r"NOT_FOUND|was not found|\b404\b", re.I)
 _THERE = re.compile(r"ALREADY_EXISTS|already exists|\b409\b", re.I)
 _PERSON = re.compile(
-    r"PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|active account|gcloud auth"
-    r"|SERVICE_DISABLED|has not been used in project|ssh-add",
+    r"PERMISSION_DENIED|INVALID_ARGUMENT|SERVICE_DISABLED|has not been used in project|ssh-add",
+    re.I,
+)
+# Words about the active account alone also stand where a right is missing.
+_LOGIN = re.compile(
+    r"UNAUTHENTICATED|not currently have an active account|gcloud auth login|auth tokens"
+    r"|Reauthentication|invalid_grant",
     re.I,
 )
 _PASSING = re.compile(
@@ -48,6 +57,10 @@ _USAGE = "ERROR: (gcloud"  # with exit code 2: gcloud does not take these words
 
 class PersonNeeded(OSError):
     """What no waiting mends: the message is one line for the user."""
+
+
+class LoginNeeded(PersonNeeded):
+    """The login has expired: what is there goes on, and can neither be seen nor deleted."""
 
 
 class Answer(NamedTuple):
@@ -194,10 +207,11 @@ def check(answer: Answer, site: Site) -> None:
     """Refuses an answer that no waiting mends.
 
     Raises:
-      PersonNeeded: a quota, a right, an option.
+      PersonNeeded: a quota, a right, an option; LoginNeeded, a login.
     """
     if answer.code == 0:
         return
+    _check_login(answer)
     if is_quota(answer.err):
         raise PersonNeeded(
             f"{said(answer)}: ask for more quota of {site.accelerator_type}"
@@ -206,6 +220,14 @@ def check(answer: Answer, site: Site) -> None:
     usage = answer.code == 2 and _USAGE in answer.err
     if usage or (_PERSON.search(answer.err) and not _passes(answer)):
         raise PersonNeeded(f"{said(answer)}: see launch/README.md")
+
+
+def _check_login(answer: Answer) -> None:
+    known = _PERSON.search(answer.err) or _passes(answer)
+    if answer.code != 0 and _LOGIN.search(answer.err) and not known:
+        raise LoginNeeded(
+            f"{said(answer)}: `gcloud auth login` and `gcloud auth application-default login`"
+        )
 
 
 def _passes(answer: Answer) -> bool:
@@ -223,22 +245,41 @@ class Cloud:
         run: Callable[[list[str], float], Answer],
         pause: Callable[[float], None],
         say: Callable[[str], None],
+        at_once: int = AT_ONCE,
     ):
-        """`run` takes words and a limit in seconds; `pause` waits, and may end it all."""
+        """Takes what it needs of the world.
+
+        Args:
+          site: where, and of what.
+          run: takes words and a limit in seconds; the one that threads call.
+          pause: waits, and may end it all.
+          say: called with each line of progress.
+          at_once: commands side by side.
+        """
         self.site = site
         self._run, self._pause, self._say = run, pause, say
+        self._threads = concurrent.futures.ThreadPoolExecutor(at_once)
+        self._asked: dict[str, concurrent.futures.Future[Answer]] = {}
 
-    def ask(self, words: list[str], seconds: float = ASK_SECONDS) -> Answer:
+    def ask(
+        self, words: list[str], seconds: float = ASK_SECONDS, first: Answer | None = None
+    ) -> Answer:
         """The answer to a command that may be given any number of times.
 
         What is known to pass is waited for without end, longer each time.
+
+        Args:
+          words: of the command.
+          seconds: that it may take.
+          first: its answer, where it was given once already.
 
         Raises:
           PersonNeeded: it does not help to wait, or has not helped.
         """
         failures = unknown = 0
         while True:
-            answer = self._run(words, seconds)
+            answer = first or self._run(words, seconds)
+            first = None
             if answer.code == 0 or is_absent(answer) or is_there(answer):
                 return answer
             check(answer, self.site)
@@ -263,10 +304,14 @@ class Cloud:
         answer = self.ask(describe_words(self.site, name))
         return json.loads(answer.out) if answer.code == 0 else None
 
-    def node(self, name: str) -> dict[str, Any] | None:
-        """The machine behind it, or None."""
-        answer = self.ask(node_words(self.site, name))
-        return json.loads(answer.out) if answer.code == 0 else None
+    def nodes(self, names: list[str]) -> dict[str, dict[str, Any] | None]:
+        """The machines behind requests by name, or None."""
+        words = {name: node_words(self.site, name) for name in names}
+        answers = {
+            name: self.ask(words[name], first=first)
+            for name, first in self._first(words, ASK_SECONDS).items()
+        }
+        return {k: json.loads(x.out) if x.code == 0 else None for k, x in answers.items()}
 
     def create(self, name: str) -> None:
         """Makes a request, which may be there already."""
@@ -278,9 +323,47 @@ class Cloud:
         """Deletes a request, which may be gone already."""
         self.ask(delete_words(self.site, name), DO_SECONDS)
 
+    def delete_all(self, names: list[str]) -> dict[str, str]:
+        """Deletes requests, each whatever comes of another; why it was refused, by name."""
+        words = {name: delete_words(self.site, name) for name in names}
+        why = {}
+        for name, first in self._first(words, DO_SECONDS).items():
+            try:
+                self.ask(words[name], DO_SECONDS, first)
+            except PersonNeeded as error:
+                why[name] = str(error)
+        return why
+
+    def _first(self, words: dict[str, list[str]], seconds: float) -> dict[str, Answer]:
+        """By name the first answers, good or bad, to commands that are given side by side."""
+        calls = [functools.partial(self._run, x, seconds) for x in words.values()]
+        return dict(zip(words, self.at_once(calls), strict=True))
+
     def on_hosts(self, name: str, command: str) -> Answer:
         """Runs a shell line on all hosts, once: what a failure means is for the caller."""
         return self._once(ssh_words(self.site, name, command), ASK_SECONDS)
+
+    def hear(self, names: list[str], command: str) -> dict[str, Answer | None]:
+        """Runs a shell line on all hosts of some TPUs, side by side.
+
+        Returns:
+          by name what was answered within HEAR_SECONDS; None where it is awaited still, and will be
+          at the next call, in place of another.
+        """
+        for name in names:
+            if name not in self._asked:
+                self._asked[name] = self._threads.submit(self.on_hosts, name, command)
+        asked = {name: self._asked[name] for name in names}
+        done, _ = concurrent.futures.wait(asked.values(), HEAR_SECONDS)
+        # Of a TPU that was not asked for this time an answer would be of the past.
+        self._asked = {name: x for name, x in asked.items() if x not in done}
+        return {name: x.result() if x in done else None for name, x in asked.items()}
+
+    def at_once(self, calls: Sequence[Callable[[], Answer]]) -> list[Answer]:
+        """What calls come to that neither wait nor say anything, made side by side."""
+        futures = [self._threads.submit(call) for call in calls]
+        concurrent.futures.wait(futures)  # so that none goes on behind an error of another
+        return [future.result() for future in futures]
 
     def copy(self, name: str, files: list[str]) -> Answer:
         """Copies files to all hosts, once."""
@@ -288,6 +371,7 @@ class Cloud:
 
     def _once(self, words: list[str], seconds: float) -> Answer:
         answer = self._run(words, seconds)
+        _check_login(answer)
         if "ssh-add" in answer.err or (answer.code == 2 and _USAGE in answer.err):
             check(answer, self.site)
         return answer

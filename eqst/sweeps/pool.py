@@ -8,28 +8,37 @@ to another TPU only when the one before is known to be gone.
 
 from __future__ import annotations
 
+import functools
 import secrets
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from eqst.processes import EXIT_INTERRUPTED
 from eqst.record import clock
 from eqst.stopping import Interrupted
 from eqst.sweeps import gcloud
-from eqst.sweeps.gcloud import HOST_SCRIPT, Answer, Clock, Cloud, PersonNeeded, Site, said
+from eqst.sweeps.deletion import delete
+from eqst.sweeps.gcloud import (
+    HOST_SCRIPT,
+    Answer,
+    Clock,
+    Cloud,
+    LoginNeeded,
+    PersonNeeded,
+    said,
+)
 from eqst.sweeps.local import TRIES
 from eqst.sweeps.members import Member
+from eqst.sweeps.orders import Plan, setup_line, start_line
 from eqst.sweeps.queued import (
     ABSENT,
     ACTIVE,
     DEAF_LOOKS,
-    GOING,
-    LOST,
     PENDING,
     READY,
     STATE,
     Action,
+    Host,
     Seen,
     Slot,
     decide,
@@ -39,28 +48,15 @@ from eqst.sweeps.queued import (
 )
 
 STOP_SECONDS = 120.0  # for runs to save themselves before their TPUs are deleted
-GONE_SECONDS = 1800.0  # for requests to be gone after they are deleted
 BACKOFF_SECONDS, MOST_BACKOFF_SECONDS = 30.0, 900.0
 
 
-class Plan(NamedTuple):
-    """What the requests are to do.
+class Errand(NamedTuple):
+    """What hosts are to be told, by a call of their own thread, and in words what they `cannot`."""
 
-    Attributes:
-      workdir: of the sweep, in a bucket.
-      clone: the name of the clone in `files`.
-      files: what is copied to each host: the archive and the host's script.
-      setup: a shell line that each host runs in the clone before its environment is made.
-      words: the command of the run of a name.
-      is_done: whether a run has left all that it should.
-    """
-
-    workdir: str
-    clone: str
-    files: list[str]
-    setup: str
-    words: Callable[[str], list[str]]
-    is_done: Callable[[Member], bool]
+    slot: Slot
+    call: Callable[[], Answer]
+    what: str
 
 
 class Pool:
@@ -94,14 +90,14 @@ class Pool:
         self._tries = dict.fromkeys((member.name for member in waiting), 0)
         self._given_up: list[Member] = []
         self._setup_failures = self._deaf_losses = 0
-        self._ever_heard = False
+        self._ever_heard, self._logged_out = False, False
         self._began = time.now()
         found = self._found()
         self._names = [f"{prefix(plan.workdir)}{i}" for i in range(jobs)]
         wrong = [name for name, entry in found.items() if self._other_kind(entry)]
         if wrong:
             say(f"{', '.join(wrong)}: of another type than {cloud.site.accelerator_type}, deleted")
-            self._delete(wrong)
+            delete(cloud, wrong, time)
             found = self._found()
         names = dict.fromkeys([*self._names, *found])
         self.slots = [Slot(name, unknown=name in found) for name in names]
@@ -117,19 +113,39 @@ class Pool:
         kinds = {x["node"]["acceleratorType"] for x in specs if "acceleratorType" in x["node"]}
         return bool(kinds - {self._cloud.site.accelerator_type})
 
+    def _key(self, member: Member) -> str:
+        return job_key(self._plan.units[member.name])
+
     def failed(self) -> list[str]:
         """The runs that failed as often as they may."""
         return [member.name for member in self._given_up]
 
     def step(self) -> bool:
-        """Looks at every request and does what is to be done; whether there is anything left."""
-        listed = self._cloud.requests()
+        """Looks at every request and does what is to be done; whether there is anything left.
+
+        Without a login there is, and nothing is done: every part of it may be done once more.
+        """
+        try:
+            left = self._step()
+        except LoginNeeded as error:
+            if not self._logged_out:
+                self._say(f"{error}; until then runs go on, unseen and paid for")
+            self._logged_out = True
+            return True
+        if self._logged_out:
+            self._say("logged in again")
+        self._logged_out = False
+        return left
+
+    def _step(self) -> bool:
+        looks = self._looks()
         for slot in self.slots:
-            seen = self._look(slot, listed)
+            seen = looks[slot.name]
             if seen != slot.seen:
                 self._tell(slot, seen)
                 slot.seen, slot.since = seen, self._time.now()
             self._settle(slot)
+        errands: list[Errand] = []
         for slot in self.slots:
             wanted = slot.member is not None or slot in self._useful()
             if self._keep and not wanted and not slot.unknown:
@@ -138,38 +154,56 @@ class Pool:
             action = decide(
                 slot, wanted=wanted, free=free, clone=self._plan.clone, now=self._time.now()
             )
-            self._act(slot, action)
+            errands += self._act(slot, action)
+        answers = self._cloud.at_once([errand.call for errand in errands])
+        for errand, answer in zip(errands, answers, strict=True):
+            self._note(errand, answer)
         there = any(slot.seen.request != ABSENT for slot in self.slots) and not self._keep
         return bool(self._waiting) or there or any(slot.member for slot in self.slots)
 
     # --- looking
 
-    def _look(self, slot: Slot, listed: dict[str, Any]) -> Seen:
+    def _looks(self) -> dict[str, Seen]:
+        """What is the case with every request, by name."""
+        listed = self._cloud.requests()
+        states = {slot.name: self._state(slot, listed) for slot in self.slots}
+        nodes = self._cloud.nodes([name for name, state in states.items() if state == ACTIVE])
+        there = {name: node for name, node in nodes.items() if node is not None}
+        ready = [name for name, node in there.items() if node["state"] == READY]
+        answers = self._cloud.hear(ready, STATE)
+        looks = {name: Seen(state) for name, state in states.items()}
+        looks |= {name: Seen(ACTIVE, node["state"]) for name, node in there.items()}
+        for slot in self.slots:
+            if slot.name in answers:
+                count = len(there[slot.name]["networkEndpoints"])
+                hosts = self._hosts(slot, count, answers[slot.name])
+                looks[slot.name] = Seen(ACTIVE, READY, hosts)
+        return looks
+
+    def _state(self, slot: Slot, listed: dict[str, Any]) -> str:
         entry = listed[slot.name] if slot.name in listed else None
         if entry is None and slot.seen.request != ABSENT:
             entry = self._cloud.request(slot.name)  # that it is gone, a list alone does not prove
         if entry is None:
-            return Seen(ABSENT)
+            return ABSENT
         state = entry["state"]["state"]
         if state == "FAILED" and "failedData" in entry["state"] and not slot.unknown:
             why = entry["state"]["failedData"]["error"]["message"]
             if gcloud.is_quota(why):
                 raise PersonNeeded(f"{slot.name}: {why}: ask for more quota, or lower --jobs")
-        if state != ACTIVE:
-            return Seen(state)
-        node = self._cloud.node(slot.name)
-        if node is None:
-            return Seen(state)
-        if node["state"] != READY:
-            return Seen(state, node["state"])
-        answer = self._cloud.on_hosts(slot.name, STATE)
+        return state
+
+    def _hosts(self, slot: Slot, count: int, answer: Answer | None) -> tuple[Host, ...]:
+        """The hosts of a TPU that has so many, if all of them answered."""
+        if answer is None:  # it is awaited still
+            return ()
         hosts = heard(answer.out)
-        if len(hosts) != len(node["networkEndpoints"]):
+        if len(hosts) != count:
             slot.deaf += 1
             self._say(f"{slot.name}: its hosts do not answer ({said(answer)})")
-            return Seen(state, READY)
+            return ()
         slot.deaf, self._ever_heard = 0, True
-        return Seen(state, READY, tuple(sorted(hosts)))
+        return tuple(sorted(hosts))
 
     def _tell(self, slot: Slot, seen: Seen) -> None:
         """A line where a request has come to another state."""
@@ -185,11 +219,11 @@ class Pool:
             slot.member, slot.job = None, ""
         if not slot.unknown:
             return
-        if seen.request == ABSENT or seen.request in PENDING | LOST:
+        if seen.request == ABSENT or seen.request in PENDING:
             slot.unknown = False
         elif seen.hosts:
             running = {host.of for host in seen.hosts if host.job == "running"}
-            keys = {job_key(member): member for member in self._waiting}
+            keys = {self._key(member): member for member in self._waiting}
             job = running.pop() if len(running) == 1 else ""
             key = job.partition(".")[0]
             if key in keys:
@@ -209,27 +243,28 @@ class Pool:
 
     # --- acting
 
-    def _act(self, slot: Slot, action: Action) -> None:
+    def _act(self, slot: Slot, action: Action) -> list[Errand]:
+        """Does it, but for what hosts are told, which is left to be told to all at once."""
         if action is Action.CREATE:
             self._say(f"{slot.name}: asking for {self._cloud.site.accelerator_type}")
             # Whatever will be answered, it may be there from now on.
             slot.seen, slot.since = Seen("CREATING"), self._time.now()
             self._cloud.create(slot.name)
         elif action is Action.SHIP:
-            self._ship(slot)
+            return [Errand(slot, functools.partial(self._ship, slot.name), "be set up")]
         elif action is Action.START:
-            self._start(slot)
+            return [Errand(slot, self._start(slot), "be started")]
         elif action is Action.END:
             self._end(slot)
         elif action is Action.STOP:
-            self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} stop")
+            return [Errand(slot, self._telling(slot, f"bash {HOST_SCRIPT} stop"), "be stopped")]
         elif action is Action.LOSE:
             self._lose(slot)
         elif action is Action.HUNG:
             self._hang(slot)
         elif action is Action.SETUP_FAILED:
-            self._setup_failures += 1
             why = f"{slot.name}: its environment cannot be made ({self._last_lines(slot)})"
+            self._setup_failures += 1
             if self._setup_failures >= TRIES:
                 raise PersonNeeded(f"{why}: mend --setup or the clone")
             self._say(f"{why}; once more on another")
@@ -237,33 +272,33 @@ class Pool:
         elif action is Action.DELETE:
             self._cloud.delete(slot.name)
             slot.seen, slot.since = Seen("DELETING"), self._time.now()
+        return []
 
-    def _ship(self, slot: Slot) -> None:
-        plan = self._plan
-        answer = self._cloud.copy(slot.name, plan.files)
-        if answer.code == 0:
-            words = ["bash", HOST_SCRIPT, "setup", plan.clone, plan.setup]
-            answer = self._cloud.on_hosts(slot.name, shlex.join(words))
-        self._note(slot, answer, "cannot be set up yet")
+    def _telling(self, slot: Slot, line: str) -> Callable[[], Answer]:
+        return functools.partial(self._cloud.on_hosts, slot.name, line)
 
-    def _start(self, slot: Slot) -> None:
+    def _ship(self, name: str) -> Answer:
+        answer = self._cloud.copy(name, self._plan.files)
+        return answer if answer.code else self._cloud.on_hosts(name, setup_line(self._plan))
+
+    def _start(self, slot: Slot) -> Callable[[], Answer]:
         self._setup_failures = 0
         if slot.member is None:
             slot.member = self._waiting.pop(0)
         if not slot.job:
             self._tries[slot.member.name] += 1
             # No two jobs have one name, so that a host never takes a new one for the last.
-            slot.job = f"{job_key(slot.member)}.{secrets.token_hex(4)}"
+            slot.job = f"{self._key(slot.member)}.{secrets.token_hex(4)}"
             slot.started = self._time.now()
             self._say(f"{slot.name}: {slot.member.name}")
-        line = start_line(self._plan, slot.job, slot.member.name)
-        self._note(slot, self._cloud.on_hosts(slot.name, line), "cannot be started yet")
+        return self._telling(slot, start_line(self._plan, slot.job, slot.member.name))
 
-    def _note(self, slot: Slot, answer: Answer, what: str) -> None:
+    def _note(self, errand: Errand, answer: Answer) -> None:
         """A failed command is given again at the next look, some times."""
+        slot = errand.slot
         slot.refused = slot.refused + 1 if answer.code else 0
         if answer.code:
-            self._say(f"{slot.name}: {what} ({said(answer)})")
+            self._say(f"{slot.name}: cannot {errand.what} yet ({said(answer)})")
 
     def _end(self, slot: Slot) -> None:
         """Every host's part of the run has ended."""
@@ -316,12 +351,12 @@ class Pool:
                     f"{slot.name}: its hosts never answered ssh: try `gcloud compute tpus tpu-vm "
                     f"ssh {slot.name}` by hand, see launch/README.md"
                 )
+        self._cloud.delete(slot.name)
         slot.losses, slot.deaf, slot.refused, slot.job = slot.losses + 1, 0, 0, ""
         wait = min(BACKOFF_SECONDS * 2 ** (slot.losses - 1), MOST_BACKOFF_SECONDS)
         slot.not_before = self._time.now() + wait
         if slot.member and self._tries[slot.member.name]:  # it is no failure of the run
             self._tries[slot.member.name] -= 1
-        self._cloud.delete(slot.name)
         slot.seen, slot.since = Seen("DELETING"), self._time.now()
 
     def _is_done(self, member: Member) -> bool:
@@ -345,67 +380,37 @@ class Pool:
     def leave(self) -> None:
         """Has every run save itself and end, so that its TPU can be deleted."""
         busy = [slot for slot in self.slots if slot.job and slot.seen.hosts and not self._keep]
-        for slot in busy:
-            self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} stop")
+        stop = f"bash {HOST_SCRIPT} stop"
+        self._cloud.at_once([self._telling(slot, stop) for slot in busy])
         end = self._time.now() + STOP_SECONDS
         while busy and self._time.now() < end:
             self._time.pause(5.0)
-            answers = {s.name: heard(self._cloud.on_hosts(s.name, STATE).out) for s in busy}
-            busy = [s for s in busy if any(host.job == "running" for host in answers[s.name])]
+            answers = self._cloud.hear([slot.name for slot in busy], STATE)
+            busy = [slot for slot in busy if _runs(answers[slot.name])]
 
     def close(self) -> None:
-        """Deletes all requests of the sweep and waits until they are gone, or says what is left."""
-        found = list(self._found())
-        if self._keep:
-            if found:
-                self._say(f"kept, and paid for: {', '.join(found)}; --cancel deletes them")
-            return
-        made = [slot.name for slot in self.slots if slot.seen.request != ABSENT]
-        self._delete(list(dict.fromkeys([*found, *made])))
+        """Deletes all requests of the sweep and waits until they are gone.
 
-    def _delete(self, names: list[str]) -> None:
-        delete(self._cloud, names, self._time)
-
-
-def start_line(plan: Plan, job: str, name: str) -> str:
-    """The shell line that starts a run on a host."""
-    log = shlex.quote(f"{plan.workdir}/{name}/logs/{job}")
-    words = shlex.join(plan.words(name))
-    return f'bash {HOST_SCRIPT} start {job} {log}-"$(hostname)".txt {words}'
-
-
-def delete(cloud: Cloud, names: list[str], time: Clock) -> None:
-    """Deletes requests and waits until they are gone.
-
-    Raises:
-      PersonNeeded: they do not go; the message names them.
-    """
-    left = list(names)
-    end = time.now() + GONE_SECONDS
-    try:
-        for name in names:
-            cloud.delete(name)
-        while left := [name for name in left if cloud.request(name) is not None]:
-            if time.now() > end:
-                raise PersonNeeded("they are still there")
-            time.pause(5.0)
-            # One that was suspended or failed meanwhile may have let the first call pass.
-            for name in left:
-                entry = cloud.request(name)
-                if entry is not None and entry["state"]["state"] not in GOING:
-                    cloud.delete(name)
-    except (PersonNeeded, Interrupted) as error:
-        raise PersonNeeded(
-            f"NOT DELETED, and perhaps paid for: {', '.join(left)} ({error}); the same command "
-            "with --cancel deletes them"
-        ) from None
+        Raises:
+          PersonNeeded: they do not go; the message names them.
+        """
+        names = [x.name for x in self.slots if x.seen.request != ABSENT or x.unknown]
+        try:
+            found = list(self._found())
+            names = found if self._keep else list(dict.fromkeys([*found, *names]))
+        except (PersonNeeded, Interrupted) as error:
+            if not names:
+                raise
+            self._say(f"requests cannot be listed ({error})")
+        if not self._keep:
+            delete(self._cloud, names, self._time)
+        elif names:
+            self._say(f"kept, and paid for: {', '.join(names)}; --cancel deletes them")
 
 
-def cancel(cloud: Cloud, workdir: str, time: Clock) -> list[str]:
-    """Deletes every request of a workdir; their names."""
-    names = [name for name in cloud.requests() if name.startswith(prefix(workdir))]
-    delete(cloud, names, time)
-    return names
+def _runs(answer: Answer | None) -> bool:
+    """Whether hosts that said this, or are to answer yet, may be at a run still."""
+    return answer is None or any(host.job == "running" for host in heard(answer.out))
 
 
 def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
@@ -426,25 +431,3 @@ def run_all(pool: Pool, time: Clock, poll_seconds: float) -> list[str]:
     finally:
         pool.close()
     return pool.failed()
-
-
-def dry_lines(site: Site, plan: Plan, members: list[Member]) -> Iterator[str]:
-    """Every command that the first run takes, in their order, and how many runs follow."""
-    name = f"{prefix(plan.workdir)}0"
-    setup = shlex.join(["bash", HOST_SCRIPT, "setup", plan.clone, plan.setup])
-    job = f"{job_key(members[0])}.0"
-    for about, words in (
-        ("what is there", gcloud.list_words(site)),
-        ("a request of its own", gcloud.create_words(site, name)),
-        ("is it gone", gcloud.describe_words(site, name)),
-        ("its machine", gcloud.node_words(site, name)),
-        ("what its hosts are at", gcloud.ssh_words(site, name, STATE)),
-        ("the clone", gcloud.copy_words(site, name, plan.files)),
-        ("its environment", gcloud.ssh_words(site, name, setup)),
-        (members[0].name, gcloud.ssh_words(site, name, start_line(plan, job, members[0].name))),
-        ("where it fails", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} last")),
-        ("where it is to stop", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} stop")),
-        ("at the end", gcloud.delete_words(site, name)),
-    ):
-        yield f"# {about}\n{shlex.join(words)}"
-    yield f"# {len(members) - 1} more runs follow on the same requests"

@@ -5,9 +5,11 @@ A run is, in this order:
 - done: trained and evaluated (`members.done`).
 - running: its turn is taken (`turn.holder`: the process is there, or, of another machine, has said
   so in the last 90 s), or another process holds the lock of its checkpoints (a training started by
-  hand). In a bucket, which has neither: metrics.jsonl has changed in the last 10 minutes, so that a
-  run there shows as running for so long after its end, and as waiting while it compiles.
-- failed: it has ended with a message or a traceback, which is the last of its log.txt.
+  hand). In a bucket, which has neither: metrics.jsonl has changed in the last 10 minutes and since
+  the log told of a failure, so that a run there shows as running for so long after it was stopped,
+  and as waiting while it compiles.
+- failed: it has ended with a message or a traceback, which is the last of its log: log.txt, or on
+  Cloud TPU those that the hosts of its newest attempt left in logs/.
 - interrupted: it has begun and is at none of these: the same command goes on with it.
 - waiting: nothing of it is there.
 
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from eqst import card, lock
+from eqst.processes import START_AGAIN
 from eqst.record import clock
 from eqst.sweeps import members, turn
 from eqst.sweeps.members import Member
@@ -99,29 +102,51 @@ def _state(workdir: epath.Path, member: Member, data: str, manifest: str) -> tup
         return "done", ""
     if not folder.is_dir():
         return "waiting", ""
-    if _runs(folder):
+    logs = _logs(folder)
+    said = _last_words(logs)
+    if _runs(folder, max((log.stat().mtime for log in logs), default=0) if said else 0):
         return "running", ""
-    said = last_words(folder)
     if said:
         return "failed", said
-    begun = any((folder / name).exists() for name in (card.CARD_NAME, "checkpoints", "log.txt"))
+    begun = logs or any((folder / name).exists() for name in (card.CARD_NAME, "checkpoints"))
     return ("interrupted" if begun else "waiting"), ""
 
 
-def _runs(folder: epath.Path) -> bool:
+def _runs(folder: epath.Path, failed_at: float) -> bool:
+    """Whether one runs whose log told of a failure at `failed_at`, 0 for none."""
     if "://" not in str(folder):
         own = pathlib.Path(folder)
         return turn.holder(own) is not None or bool(lock.is_held(folder / "checkpoints"))
     record = folder / card.METRICS_NAME
-    return record.exists() and time.time() - record.stat().mtime < FRESH_SECONDS
+    written = record.stat().mtime if record.exists() else 0
+    return time.time() - written < FRESH_SECONDS and written > failed_at
 
 
-def last_words(folder: Any) -> str:
+def last_words(folder: str | os.PathLike[str]) -> str:
     """What a run said that failed, by the end of its log; '' where that is no failure."""
-    path = folder / "log.txt"
-    if not path.exists():
-        return ""
-    lines = [x for x in _tail(path).splitlines() if x.strip() and not x.startswith(LAUNCHERS)]
+    return _last_words(_logs(epath.Path(folder)))
+
+
+def _logs(folder: epath.Path) -> list[epath.Path]:
+    """Those of the newest attempt: log.txt, or logs/JOB-HOST.txt of each host of a Cloud TPU."""
+    hosts = folder / "logs"
+    paths = list(hosts.iterdir()) if hosts.is_dir() else []
+    if (folder / "log.txt").exists():
+        paths.append(folder / "log.txt")
+    jobs = {path: path.name.partition("-")[0] for path in paths}
+    newest = max(paths, key=lambda path: path.stat().mtime, default=None)
+    return sorted(path for path in paths if newest and jobs[path] == jobs[newest])
+
+
+def _last_words(logs: list[epath.Path]) -> str:
+    """The first of them that tells of a failure: the other hosts only say that one is gone."""
+    return next(filter(None, map(_failure, logs)), "")
+
+
+def _failure(log: epath.Path) -> str:
+    """What the end of a log says of a failure; '' where it is none."""
+    lines = [line for line in _tail(log).splitlines() if line.strip()]
+    lines = [x for x in lines if not x.startswith(LAUNCHERS) and START_AGAIN not in x]
     if not lines:
         return ""
     if lines[-1].startswith(MESSAGE):

@@ -156,9 +156,12 @@ def prefix(workdir: str) -> str:
     return f"eqst-{digest(workdir.rstrip('/'))[:10]}-"
 
 
-def job_key(member: Member) -> str:
-    """What the names of a run's jobs begin with."""
-    return digest(f"{member.name} {settings_hash(member)}")[:12]
+def job_key(unit: list[Member]) -> str:
+    """What the names of the jobs of runs that are one program begin with.
+
+    It is of them all, so that a program of these and others is never taken for one of these.
+    """
+    return digest(" ".join(f"{x.name} {settings_hash(x)}" for x in unit))[:12]
 
 
 def heard(text: str) -> tuple[Host, ...]:
