@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 import json
 import operator
@@ -78,7 +77,22 @@ def facts_path(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def make_recording(task: Task) -> None:
-    """Decodes, joins and levels one recording; memory holds one file of it at a time."""
+    """Decodes, joins and levels one recording; memory holds one file of it at a time.
+
+    Raises:
+      CorpusError: one of its files cannot be read now.
+      OSError: the disk is full, or takes no files.
+    """
+    try:
+        _make_recording(task)
+    except (OSError, audio.AudioError) as error:  # of what is written; of what is read none gets here
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{task.folder} cannot be written ({error.strerror})"
+        raise OSError(f"{reason}: make room there, and the same command goes on") from None
+
+
+def _make_recording(task: Task) -> None:
     settings, rejected, length = task.settings, [], 0
     with tempfile.TemporaryFile(dir=task.folder) as spool:
         for path in task.files:
@@ -127,15 +141,6 @@ def _level(task: Task, spool: Any, length: int) -> dict[str, Any]:
     write_atomically(place.with_suffix(".int16"), write)
     write_atomically(place.with_suffix(".npy"), lambda x: np.save(x, level.power_J))
     return {"length": length, "gain": level.gain, "blocks": len(level.power_J)}
-
-
-def checksum(path: pathlib.Path) -> str:
-    """Of a file's bytes; "" where it cannot be read, which is reported when it is decoded."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 # ---- shards

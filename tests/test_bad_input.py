@@ -503,7 +503,7 @@ TRAIN_DATA = {
     "manifest split": (
         _manifest(LISTING.replace("train", "training")),
         MANIFEST,
-        "no talker in split 'train' of 4 talkers .the manifest has training.: training needs",
+        "m.csv: no file of data has the split train or dev .its splits: training.: training needs",
     ),
     "manifest licence": (
         _manifest(LISTING), MANIFEST | {"data.permissive_only": "true"}, "no column permissive",
