@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import operator
@@ -15,7 +16,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def facts_path(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def make_recording(task: Task) -> None:
-    """Decodes, joins and levels one recording; memory holds one file of it at a time.
+    """Decodes, joins and levels one recording; memory holds a part of one file at a time.
 
     Raises:
       CorpusError: one of its files cannot be read now.
@@ -85,7 +86,7 @@ def make_recording(task: Task) -> None:
     """
     try:
         _make_recording(task)
-    except (OSError, audio.AudioError) as error:  # of what is written; of what is read none gets here
+    except (OSError, audio.AudioError) as error:  # of writing: those of reading do not get here
         reason = str(error)
         if isinstance(error, OSError):
             reason = f"{task.folder} cannot be written ({error.strerror})"
@@ -93,26 +94,35 @@ def make_recording(task: Task) -> None:
 
 
 def _make_recording(task: Task) -> None:
-    settings, rejected, length = task.settings, [], 0
+    settings, rejected, end = task.settings, [], 0
     with tempfile.TemporaryFile(dir=task.folder) as spool:
         for path in task.files:
             try:
-                mono_T = corpus.read_mono(task.root / path, settings.sample_rate)
+                end = corpus.tried_again(
+                    functools.partial(_decode, task.root / path, settings.sample_rate, spool, end),
+                    task.root / path,
+                )
             except audio.AudioError as error:
                 kind = "not finite" if isinstance(error, files.NotFiniteError) else "unreadable"
                 # The set shall not know where the files lay.
                 reason = str(error).replace(repr(os.fspath(task.root / path)), "it")
                 rejected.append(Reject(layouts.text(path), kind, layouts.text(reason)))
-                continue
-            spool.write(mono_T.tobytes())
-            length += len(mono_T)
-        spool.flush()
+        spool.truncate(end)  # what could not be decoded to its end is no part of it
+        length = end // np.dtype(np.float32).itemsize
         facts: dict[str, Any] = {}
         try:
             facts = _level(task, spool, length) if length else {}
         except _Unusable as error:
             rejected.append(Reject(task.name, *error.args))
     write_json(facts_path(task.folder, task.number), {"rejected": rejected, **facts})
+
+
+def _decode(path: pathlib.Path, sample_rate: int, spool: BinaryIO, begin: int) -> int:
+    """Writes a file's samples from `begin` on, in bytes, and gives where they end."""
+    spool.seek(begin)
+    for mono_T in corpus.mono_blocks(path, sample_rate):
+        spool.write(mono_T.tobytes())
+    return spool.tell()
 
 
 class _Unusable(Exception):

@@ -218,20 +218,55 @@ def checksum(path: str | os.PathLike) -> str:
         ) from None
 
 
-def read_mono(path: str | os.PathLike, sample_rate: int) -> np.ndarray:
-    """[T] float32: a whole file, mono, at a rate.
+def mono_blocks(path: str | os.PathLike, sample_rate: int) -> Iterator[np.ndarray]:
+    """A whole file, mono, at a rate, as consecutive [t] float32; some of it is in memory at a time.
 
     Raises:
-      AudioError: as `audio.read`, for what is in the file.
-      CorpusError: it cannot be read now. What is left out then would be missing for good.
+      AudioError: as `audio.read`.
+    """
+    header = audio.info(path)
+    blocks = audio.stream(path)
+    if header.channels > 1:  # what makes it mono depends on all of it
+        weights_C = audio.scan(path).mono_weights_C.astype(np.float32)
+        mono = (audio.weighted_sum(block_TC, weights_C) for block_TC in blocks)
+    else:
+        mono = (block_TC[:, 0] for block_TC in blocks)
+    if header.sample_rate == sample_rate:
+        yield from mono
+        return
+    import soxr
+
+    # Its blocks are those of `audio.resample` of the whole, to the bit.
+    resampler = soxr.ResampleStream(header.sample_rate, sample_rate, 1, "float32", "VHQ")
+    taken = given = 0
+    for mono_T in mono:
+        out_T = resampler.resample_chunk(mono_T)
+        taken, given = taken + len(mono_T), given + len(out_T)
+        yield out_T
+    rest_T = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    left = round(taken * sample_rate / header.sample_rate) - given
+    yield np.pad(rest_T, (0, max(left - len(rest_T), 0)))[:left]
+
+
+def tried_again(read: Callable[[], Any], path: str | os.PathLike) -> Any:
+    """What `read` gives, which takes audio from a file.
+
+    What failed once is tried again: the file may have been away for that moment, and what is left
+    out is missing for good.
+
+    Raises:
+      AudioError: its content is at fault.
+      CorpusError: it cannot be read now.
     """
     try:
-        sound = audio.read(path)
+        return read()
     except audio.AudioError:
         checksum(path)
-        sound = audio.read(path)  # again: it may have been away for that moment
-    mono_T = audio.to_mono(sound.samples_TC)
-    return audio.resample(mono_T, sound.sample_rate, sample_rate).astype(np.float32)
+        return read()
+
+
+def _read_mono(path: str, sample_rate: int) -> np.ndarray:
+    return tried_again(lambda: np.concatenate(list(mono_blocks(path, sample_rate))), path)
 
 
 def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
@@ -240,7 +275,7 @@ def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
     pieces, reasons = [], []
     for path in paths:
         try:
-            pieces.append(read_mono(path, sample_rate))
+            pieces.append(_read_mono(path, sample_rate))
         except audio.AudioError as error:
             reasons.append(str(error))
     if not pieces:

@@ -1,12 +1,11 @@
 """Whose file is whose: the layouts of public sets through `folder:` and `eqst.build`, which have to
-agree; folders that may be read in two ways; links."""
+agree; folders that may be read in two ways; links. (What the builder alone does: test_build.)"""
 
 import csv
 import os
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 
@@ -252,42 +251,3 @@ def test_a_folder_that_cannot_be_looked_into_is_an_error(put, tmp_path, monkeypa
     monkeypatch.setattr(os, "scandir", refuses)
     with pytest.raises(PermissionError, match="denied.*c'"):
         found_in(tmp_path)
-
-
-# --- files that are away -------------------------------------------------------------------------
-
-
-def test_a_file_that_is_away_makes_no_store_without_it(put, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a/0.wav", "b/0.wav")
-    gone, read = tmp_path / "in" / "b" / "0.wav", corpus.read_mono
-
-    def away(path, rate):
-        if Path(path) == gone:
-            gone.rename(tmp_path / "kept")
-        try:
-            return read(path, rate)
-        finally:
-            if Path(path) == gone:
-                (tmp_path / "kept").rename(gone)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, "read_mono", away)
-        with pytest.raises(CorpusError, match="b/0.wav' cannot be read .No such file"):
-            by_folder(tmp_path / "in", tmp_path / "cache")
-    splits = by_folder(tmp_path / "in", tmp_path / "cache")
-    assert splits["train"] | splits["dev"] == {"a", "b"}
-
-
-def test_what_fails_once_is_read_again(put, tmp_path, monkeypatch):
-    put(tmp_path, "0.wav")
-    read, left = corpus.audio.read, [corpus.audio.AudioError("an error of the network")]
-
-    def once(path):
-        if left:
-            raise left.pop()
-        return read(path)
-
-    monkeypatch.setattr(corpus.audio, "read", once)
-    np.testing.assert_array_equal(
-        corpus.read_mono(tmp_path / "0.wav", RATE), soundfile.read(tmp_path / "0.wav")[0]
-    )
