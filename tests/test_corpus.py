@@ -404,8 +404,7 @@ def test_tfds_source(tmp_path, bursts, monkeypatch):
 
 
 @pytest.mark.parametrize("rate", [22050, 44100, 48000])
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("phase", [1, -1])
+@pytest.mark.parametrize(("channels", "phase"), [(1, 1), (2, 1), (2, -1)])
 def test_blocks_are_those_of_the_whole_file_to_the_bit(rate, channels, phase, bursts, tmp_path):
     """More than a block of samples; with a wire swapped one channel stands for all."""
     sound_T = bursts(rate, 40.0, rate)
@@ -500,7 +499,7 @@ def test_a_worker_that_is_killed_is_one_line(repo, tmp_path):
     assert "--workers" in done.stderr
 
 
-# --- TFDS sets of others ---------------------------------------------------------------------------
+# --- TFDS sets of others --------------------------------------------------------------------------
 
 
 class Audio:
