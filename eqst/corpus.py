@@ -309,9 +309,12 @@ def _open_folder(source: str, data: config.Data, progress: Callable) -> _Opened:
     if any(place.split for place in found.files):
         splits = talker_splits(found, data.dev_share)
         official = {shards.hashed_name(name): split for name, split in splits.items()}
-    notes = [
-        f"{source} has the layout {found.layout}: {len(set(talker.values()))} talkers or tracks"
-    ]
+    notes = []
+    if found.layout != "folder":
+        notes.append(f"{source} has the layout {found.layout}: {len(set(talker.values()))} talkers")
+    loose = sum(paths == [pathlib.Path(paths[0].name)] for _, paths in ordered)
+    if loose > 1 and manifest is None:
+        notes.append(f"{source}: {loose} files lie straight in it: each counts as a talker")
     for kind, count in collections.Counter(x.kind for x in found.rejected).items():
         first = next(x for x in found.rejected if x.kind == kind)
         notes.append(f"left out {count} for this: {first.name}: {first.reason}")
@@ -319,7 +322,7 @@ def _open_folder(source: str, data: config.Data, progress: Callable) -> _Opened:
         whole,
         tuple(talker[name] for name in whole.talker_R),
         official,
-        tuple(notes[found.layout == "folder" :]),
+        tuple(notes),
     )
 
 

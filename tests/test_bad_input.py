@@ -733,7 +733,7 @@ OWN = {
         ({"data": "data"}, _short_data, "no pair of 1.5 s can be made .*: shorten --seconds"),
         ({"data": "data", "manifest": "m.csv"}, _talkers, "m.csv: no such manifest; give"),
         ({"data": "data", "manifest": "m.csv"}, _manifest(LISTING),
-         "no talker in split 'dev' of 4 talkers .the manifest has train."),
+         "no talker in split 'dev' of 4 talkers .all are train."),
         ({"workdir": "homeless"}, None, "gone is not a folder; give a folder"),
     ],
     "eqst.triples": [

@@ -206,6 +206,14 @@ def test_folders_that_can_be_read_in_one_way_only(put, tmp_path):
     }  # fmt: skip
 
 
+def test_files_straight_in_the_folder_are_said_to_be_talkers(put, tmp_path):
+    put(tmp_path / "in", "a.wav", "b.wav", "c/0.wav", "c/1.wav")
+    said: list[str] = []
+    by_folder(tmp_path / "in", tmp_path / "cache", say=said.append)
+    (note,) = (x for x in said if not x.startswith("reading"))
+    assert note.endswith(": 2 files lie straight in it: each counts as a talker")
+
+
 # --- links ---------------------------------------------------------------------------------------
 
 
