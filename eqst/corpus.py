@@ -31,7 +31,6 @@ from eqst.store import HOPS_PER_SECOND, Corpus, CorpusError, Recording, load_sto
 
 __all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus", "open_folds"]
 
-
 _SPEAKERS = ("speaker", "speaker_id", "client_id")  # what TFDS's sets call who speaks
 
 

@@ -417,6 +417,16 @@ def test_blocks_are_those_of_the_whole_file_to_the_bit(rate, channels, phase, bu
     np.testing.assert_array_equal(np.concatenate(blocks), expected_T)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("samples", [3, 50, 800])
+def test_blocks_of_a_short_file(channels, samples, tmp_path):
+    noise_TC = 0.1 * np.random.default_rng(samples).standard_normal((samples, channels))
+    soundfile.write(tmp_path / "x.wav", noise_TC, 8000, subtype="FLOAT")
+    got_T = np.concatenate(list(corpus.mono_blocks(tmp_path / "x.wav", 44100)))
+    mono_T = audio.to_mono(audio.read(tmp_path / "x.wav").samples_TC)
+    np.testing.assert_array_equal(got_T, audio.resample(mono_T, 8000, 44100))
+
+
 def test_the_memory_of_decoding_does_not_depend_on_the_length(bursts, tmp_path):
     def peak_bytes(seconds):
         sound_T = bursts(1, seconds, 48000)
