@@ -47,10 +47,10 @@ def _duplicates(
     first: dict[str, pathlib.Path] = {}
     rejected = []
     checksums = parallel.results(
-        chunking.checksum, [root / x for x in alike], "comparing", say, workers, "files"
+        corpus.checksum, [root / x for x in alike], "comparing", say, workers, "files"
     )
     for path, checksum in zip(alike, checksums, strict=True):
-        if checksum and first.setdefault(checksum, path) != path:
+        if first.setdefault(checksum, path) != path:
             reason = f"the same bytes as {layouts.text(first[checksum])}"
             rejected.append(Reject(layouts.text(path), "duplicate", reason))
     return rejected
@@ -75,15 +75,6 @@ def _write_shards(
 
 
 # ---- the whole
-
-
-def _splits(found: layouts.Found, dev_share: float) -> dict[str, str]:
-    """The split of every talker: as the manifest or layout says, else by hash as corpus does."""
-    official = {place.talker: place.split for place in found.files if place.split}
-    free = {shards.hashed_name(x.talker): x.talker for x in found.files}
-    order = [name for name in corpus.by_hash(free) if free[name] not in official]
-    dev = set(corpus.held_out(order, dev_share)) if dev_share and len(order) > 1 else set()
-    return official | {free[name]: "dev" if name in dev else "train" for name in order}
 
 
 def _plan(root: pathlib.Path, settings: chunking.Settings, found: layouts.Found) -> dict[str, Any]:
@@ -218,7 +209,7 @@ def _recordings(
         chunking.make_recording, pending, "reading", say, workers, "recordings"
     ):
         pass
-    splits = _splits(found, settings.dev_share)
+    splits = corpus.talker_splits(found, settings.dev_share)
     rows, rejected = [], [*found.rejected, *duplicates]
     chunks = dict.fromkeys(shards.SPLITS, 0)
     for task, place in zip(tasks, found.files, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
+import functools
 import itertools
 import json
 import operator
@@ -16,7 +16,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -78,27 +78,51 @@ def facts_path(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def make_recording(task: Task) -> None:
-    """Decodes, joins and levels one recording; memory holds one file of it at a time."""
-    settings, rejected, length = task.settings, [], 0
+    """Decodes, joins and levels one recording; memory holds a part of one file at a time.
+
+    Raises:
+      CorpusError: one of its files cannot be read now.
+      OSError: the disk is full, or takes no files.
+    """
+    try:
+        _make_recording(task)
+    except (OSError, audio.AudioError) as error:  # of writing: those of reading do not get here
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{task.folder} cannot be written ({error.strerror})"
+        raise OSError(f"{reason}: make room there, and the same command goes on") from None
+
+
+def _make_recording(task: Task) -> None:
+    settings, rejected, end = task.settings, [], 0
     with tempfile.TemporaryFile(dir=task.folder) as spool:
         for path in task.files:
             try:
-                mono_T = corpus.read_mono(task.root / path, settings.sample_rate)
+                end = corpus.tried_again(
+                    functools.partial(_decode, task.root / path, settings.sample_rate, spool, end),
+                    task.root / path,
+                )
             except audio.AudioError as error:
                 kind = "not finite" if isinstance(error, files.NotFiniteError) else "unreadable"
                 # The set shall not know where the files lay.
                 reason = str(error).replace(repr(os.fspath(task.root / path)), "it")
                 rejected.append(Reject(layouts.text(path), kind, layouts.text(reason)))
-                continue
-            spool.write(mono_T.tobytes())
-            length += len(mono_T)
-        spool.flush()
+        spool.truncate(end)  # what could not be decoded to its end is no part of it
+        length = end // np.dtype(np.float32).itemsize
         facts: dict[str, Any] = {}
         try:
             facts = _level(task, spool, length) if length else {}
         except _Unusable as error:
             rejected.append(Reject(task.name, *error.args))
     write_json(facts_path(task.folder, task.number), {"rejected": rejected, **facts})
+
+
+def _decode(path: pathlib.Path, sample_rate: int, spool: BinaryIO, begin: int) -> int:
+    """Writes a file's samples from `begin` on, in bytes, and gives where they end."""
+    spool.seek(begin)
+    for mono_T in corpus.mono_blocks(path, sample_rate):
+        spool.write(mono_T.tobytes())
+    return spool.tell()
 
 
 class _Unusable(Exception):
@@ -127,15 +151,6 @@ def _level(task: Task, spool: Any, length: int) -> dict[str, Any]:
     write_atomically(place.with_suffix(".int16"), write)
     write_atomically(place.with_suffix(".npy"), lambda x: np.save(x, level.power_J))
     return {"length": length, "gain": level.gain, "blocks": len(level.power_J)}
-
-
-def checksum(path: pathlib.Path) -> str:
-    """Of a file's bytes; "" where it cannot be read, which is reported when it is decoded."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 # ---- shards

@@ -7,13 +7,13 @@ read where they lie (see `eqst.shards`), unless they have another rate.
 `tfds:NAME` is a set in TFDS's own folder ($TFDS_DATA_DIR, or ~/tensorflow_datasets), such as
 `tfds:vctk/mic1`; `tfds:/path/to/NAME/1.0.0` (or gs://..) is the set of that folder. A public set
 has to be prepared as ArrayRecord: `tfds build vctk --file_format=array_record`. Its feature
-`audio`, or else its one audio feature, is what is heard; `speaker` or `speaker_id` tells the
-talkers apart, and without either each example is a talker of its own.
+`audio`, or else its one audio feature, is what is heard; `speaker`, `speaker_id` or `client_id`
+tells the talkers apart, and without any each example is a talker of its own.
 """
 
 from __future__ import annotations
 
-import csv
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from eqst import audio, config, parallel, shards, synthetic, talkers
+from eqst import audio, config, layouts, parallel, shards, synthetic, talkers
 from eqst.store import HOPS_PER_SECOND, Corpus, CorpusError, Recording, load_store, make_store
 
 __all__ = ["HOPS_PER_SECOND", "Corpus", "CorpusError", "open_corpus", "open_folds"]
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".rf64")
+_SPEAKERS = ("speaker", "speaker_id", "client_id")  # what TFDS's sets call who speaks
 
 
 def open_corpus(data: config.Data, split: str, progress: Callable[[str], None] = print) -> Corpus:
@@ -83,11 +83,12 @@ def open_folds(
 
 
 class _Opened(NamedTuple):
-    """A source: its recordings, the talker of each, and the talkers' splits where given."""
+    """A source: its recordings, the talker of each, the talkers' splits where given, and notes."""
 
     corpus: Corpus
     talker_R: tuple[str, ...]
     official: dict[str, str] | None
+    notes: tuple[str, ...] = ()
 
 
 def _open_source(source: str, data: config.Data, split: str, progress: Callable) -> Corpus:
@@ -95,14 +96,12 @@ def _open_source(source: str, data: config.Data, split: str, progress: Callable)
         whole = load_store(_synthetic_store(data, progress), source)
         opened = _Opened(whole, whole.talker_R, None)
     elif source.startswith("folder:"):
-        store, official = _folder_store(pathlib.Path(source[7:]).expanduser(), data, progress)
-        whole = load_store(store, source)
-        opened = _Opened(whole, whole.talker_R, official)
+        opened = _open_folder(source, data, progress)
     else:
         opened = _open_tfds(source[5:], data, progress)
     if split in ("train", "all"):  # once a run, also where the store was made by an earlier one
-        for line in opened.corpus.skipped:
-            progress(f"left out {line}")
+        for line in (*opened.notes, *(f"left out {x}" for x in opened.corpus.skipped)):
+            progress(line)
     keep = _split(opened.talker_R, split, data, opened.official, source)
     return opened.corpus.select(keep)
 
@@ -115,6 +114,15 @@ def by_hash(talkers: Iterable[str]) -> list[str]:
 def held_out(order: list[str], share: float) -> list[str]:
     """The talkers nothing is trained on: a share of `by_hash`, at least one, but never all."""
     return order[: min(max(1, round(share * len(order))), len(order) - 1)]
+
+
+def talker_splits(found: layouts.Found, dev_share: float) -> dict[str, str]:
+    """The split of every talker: as the manifest or layout says, else a share by hash is dev."""
+    official = {place.talker: place.split for place in found.files if place.split}
+    free = {shards.hashed_name(x.talker): x.talker for x in found.files}
+    order = [name for name in by_hash(free) if free[name] not in official]
+    dev = set(held_out(order, dev_share)) if dev_share and len(order) > 1 else set()
+    return official | {free[name]: "dev" if name in dev else "train" for name in order}
 
 
 def _split(
@@ -153,9 +161,7 @@ def _split(
     train = [name for name in train if name not in set(valid)]
     chosen = set({"train": train, "valid": valid or train, "dev": dev}[split])
     if not chosen:
-        there = (
-            f" (the manifest has {', '.join(sorted(set(official.values())))})" if official else ""
-        )
+        there = f" (all are {', '.join(sorted(set(official.values())))})" if official else ""
         raise CorpusError(
             f"{source}: no talker in split {split!r} of {len(order)} talkers{there}: "
             "training needs train, evaluation dev"
@@ -195,97 +201,71 @@ def _synthetic_store(data: config.Data, progress: Callable) -> pathlib.Path:
     return make_store(data, "synthetic", facts, make)
 
 
-class Listed(NamedTuple):
-    """A manifest's row: the split of a file, and its talker ("" where it does not say)."""
-
-    split: str
-    talker: str
-
-
-def read_manifest(manifest: pathlib.Path, permissive_only: bool) -> dict[pathlib.Path, Listed]:
-    """Every file that a manifest lists, by its resolved path.
+def checksum(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes.
 
     Raises:
-      CorpusError: it is missing, no CSV, or lacks a column or a value.
+      CorpusError: they cannot be read, which says nothing of what they are.
     """
-    if not manifest.is_file():
-        raise CorpusError(f"{manifest}: no such manifest; give a CSV file with path and split")
-    wanted = ["path", "split"] + ["permissive"] * permissive_only
-    listed: dict[pathlib.Path, Listed] = {}
     try:
-        with open(manifest, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            missing = [column for column in wanted if column not in (rows.fieldnames or ())]
-            if missing:
-                raise CorpusError(f"{manifest}: no column {', '.join(missing)}; add it")
-            for row in rows:
-                empty = [column for column in wanted if not row[column]]
-                if empty:
-                    raise CorpusError(
-                        f"{manifest}: line {rows.line_num} has no {', '.join(empty)}; fill it in"
-                    )
-                if permissive_only and row["permissive"] != "yes":
-                    continue
-                path = (manifest.parent / row["path"]).resolve()
-                listed[path] = Listed(row["split"], row.get("talker") or "")
-    except (csv.Error, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
         raise CorpusError(
-            f"{manifest} is not a CSV in UTF-8 ({error}); write path and split columns"
+            f"{os.fspath(path)!r} cannot be read ({error.strerror}): mend that, and the same "
+            "command goes on"
         ) from None
-    return listed
 
 
-def one_split(official: dict[str, str], talker: str, split: str, manifest: object) -> None:
-    """Notes a talker's split. Raises CorpusError where another one stands there."""
-    if official.setdefault(talker, split) != split:
-        raise CorpusError(
-            f"{manifest}: talker {talker} is in {official[talker]!r} and in "
-            f"{split!r}; a talker has one split, so that none is trained and tested on"
-        )
+def mono_blocks(path: str | os.PathLike, sample_rate: int) -> Iterator[np.ndarray]:
+    """A whole file, mono, at a rate, as consecutive [t] float32; some of it is in memory at a time.
+
+    Raises:
+      AudioError: as `audio.read`.
+    """
+    header = audio.info(path)
+    blocks = audio.stream(path)
+    if header.channels > 1:  # what makes it mono depends on all of it
+        weights_C = audio.scan(path).mono_weights_C.astype(np.float32)
+        mono = (audio.weighted_sum(block_TC, weights_C) for block_TC in blocks)
+    else:
+        mono = (block_TC[:, 0] for block_TC in blocks)
+    if header.sample_rate == sample_rate:
+        yield from mono
+        return
+    import soxr
+
+    # Its blocks are those of `audio.resample` of the whole, to the bit.
+    resampler = soxr.ResampleStream(header.sample_rate, sample_rate, 1, "float32", "VHQ")
+    taken = given = 0
+    for mono_T in mono:
+        out_T = resampler.resample_chunk(mono_T)
+        taken, given = taken + len(mono_T), given + len(out_T)
+        yield out_T
+    rest_T = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    left = round(taken * sample_rate / header.sample_rate) - given
+    yield np.pad(rest_T, (0, max(left - len(rest_T), 0)))[:left]
 
 
-def audio_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """Every file that is audio by its name, sorted. Raises CorpusError: it is no folder."""
-    if not root.is_dir():
-        raise CorpusError(f"{root} is not a folder; give a folder of audio files")
-    return [x for x in sorted(root.rglob("*")) if x.suffix.lower() in EXTENSIONS and x.is_file()]
+def tried_again(read: Callable[[], Any], path: str | os.PathLike) -> Any:
+    """What `read` gives, which takes audio from a file.
+
+    What failed once is tried again: the file may have been away for that moment, and what is left
+    out is missing for good.
+
+    Raises:
+      AudioError: its content is at fault.
+      CorpusError: it cannot be read now.
+    """
+    try:
+        return read()
+    except audio.AudioError:
+        checksum(path)
+        return read()
 
 
-def folder_talker(inside: pathlib.PurePath) -> str:
-    """The talker of a file by its place in the folder; one straight in it is one of its own."""
-    return str(inside.parent) if len(inside.parts) > 1 else inside.stem
-
-
-def _folder_files(
-    root: pathlib.Path, data: config.Data
-) -> tuple[dict[str, list[pathlib.Path]], dict[str, str] | None]:
-    """Files by talker, and the talkers' official splits where a manifest gives them."""
-    paths = audio_files(root)
-    listed: dict[pathlib.Path, Listed] = {}
-    if data.manifest:
-        listed = read_manifest(pathlib.Path(data.manifest).expanduser(), data.permissive_only)
-    talkers: dict[str, list[pathlib.Path]] = {}
-    official: dict[str, str] = {}
-    for path in paths:
-        if data.manifest and path.resolve() not in listed:
-            continue
-        talker = folder_talker(path.relative_to(root))
-        talkers.setdefault(talker, []).append(path)
-        if data.manifest:
-            one_split(official, talker, listed[path.resolve()].split, data.manifest)
-    if not talkers:
-        listing = f" that {data.manifest} lists" if data.manifest else ""
-        raise CorpusError(
-            f"{root}: no audio file ({', '.join(EXTENSIONS)}) in it{listing}; give another folder"
-        )
-    return talkers, official if data.manifest else None
-
-
-def read_mono(path: str | os.PathLike, sample_rate: int) -> np.ndarray:
-    """[T] float32: a whole file, mono, at a rate. Raises AudioError as `audio.read`."""
-    sound = audio.read(path)
-    mono_T = audio.to_mono(sound.samples_TC)
-    return audio.resample(mono_T, sound.sample_rate, sample_rate).astype(np.float32)
+def _read_mono(path: str, sample_rate: int) -> np.ndarray:
+    return tried_again(lambda: np.concatenate(list(mono_blocks(path, sample_rate))), path)
 
 
 def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
@@ -294,7 +274,7 @@ def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
     pieces, reasons = [], []
     for path in paths:
         try:
-            pieces.append(read_mono(path, sample_rate))
+            pieces.append(_read_mono(path, sample_rate))
         except audio.AudioError as error:
             reasons.append(str(error))
     if not pieces:
@@ -302,33 +282,56 @@ def folder_recording(task: tuple[str, list[str], int]) -> Recording | str:
     return Recording(talker, np.concatenate(pieces), tuple(reasons))
 
 
-def _folder_store(
-    root: pathlib.Path, data: config.Data, progress: Callable
-) -> tuple[pathlib.Path, dict[str, str] | None]:
-    talkers, official = _folder_files(root, data)
+def _open_folder(source: str, data: config.Data, progress: Callable) -> _Opened:
+    """A folder through a store: a recording for each talker (or track) in each condition."""
+    root = pathlib.Path(source[7:]).expanduser()
+    manifest = pathlib.Path(data.manifest).expanduser() if data.manifest else None
+    found = layouts.find(
+        root, layout=None, stems=("mixture",), manifest=manifest,
+        permissive_only=data.permissive_only,
+    )  # fmt: skip
+    # A store has always had the order of the files, and what is drawn depends on it.
+    ordered = sorted(found.files.items(), key=lambda item: item[1][0])
     facts = [
-        [talker, [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]]]
-        for talker, paths in talkers.items()
-        for path in paths
+        [place.recording, [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]]]
+        for place, paths in ordered
+        for path in (root / x for x in paths)
     ]
     tasks = [
-        (talker, [str(path) for path in paths], data.sample_rate)
-        for talker, paths in talkers.items()
+        (place.recording, [str(root / x) for x in paths], data.sample_rate)
+        for place, paths in ordered
     ]
     make = lambda: parallel.results(folder_recording, tasks, f"reading {root.name}", progress)  # noqa: E731
-    store = make_store(data, "folder", facts, make)
-    if official is not None:
-        official = {f"folder/{talker}": split for talker, split in official.items()}
-    return store, official
+    whole = load_store(make_store(data, "folder", facts, make), source)
+    talker = {f"folder/{x.recording}": shards.hashed_name(x.talker) for x in found.files}
+    official = None
+    if any(place.split for place in found.files):
+        splits = talker_splits(found, data.dev_share)
+        official = {shards.hashed_name(name): split for name, split in splits.items()}
+    notes = []
+    if found.layout != "folder":
+        notes.append(f"{source} has the layout {found.layout}: {len(set(talker.values()))} talkers")
+    loose = sum(paths == [pathlib.Path(paths[0].name)] for _, paths in ordered)
+    if loose > 1 and manifest is None:
+        notes.append(f"{source}: {loose} files lie straight in it: each counts as a talker")
+    for kind, count in collections.Counter(x.kind for x in found.rejected).items():
+        first = next(x for x in found.rejected if x.kind == kind)
+        notes.append(f"left out {count} for this: {first.name}: {first.reason}")
+    return _Opened(
+        whole,
+        tuple(talker[name] for name in whole.talker_R),
+        official,
+        tuple(notes),
+    )
 
 
 def _open_tfds(name: str, data: config.Data, progress: Callable) -> _Opened:
     """A set that `eqst.build` made, read where it lies, or any TFDS audio set through a store."""
     place = epath.Path(name).expanduser() if _is_path(name) else _builder(name).data_path
     if not shards.is_set(place):
-        store = _tfds_store(name, data, progress)
+        store, notes = _tfds_store(name, data, progress)
         whole = load_store(store, f"tfds:{name}")
-        return _Opened(whole, whole.talker_R, None)
+        return _Opened(whole, whole.talker_R, None, notes)
     built = shards.load(place)
     opened = _Opened(built.corpus, built.talker_R, built.official)
     if built.corpus.sample_rate == data.sample_rate:
@@ -342,7 +345,7 @@ def _open_tfds(name: str, data: config.Data, progress: Callable) -> _Opened:
 
 def _is_path(name: str) -> bool:
     """Whether it names a folder, and not a set of TFDS's."""
-    return name.startswith(("/", "~", ".")) or "://" in name
+    return name.startswith(("/", "~", ".")) or "://" in name or shards.is_set(name)
 
 
 def _resampled(corpus: Corpus, sample_rate: int) -> Iterator[Recording]:
@@ -371,8 +374,10 @@ def _reason(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Path:
-    """Any prepared TFDS audio set stored as ArrayRecord."""
+def _tfds_store(
+    name: str, data: config.Data, progress: Callable
+) -> tuple[pathlib.Path, tuple[str, ...]]:
+    """Any prepared TFDS audio set stored as ArrayRecord, and what is to be said of it."""
     builder = _builder(name)
     try:
         source = builder.as_data_source("train")
@@ -389,7 +394,7 @@ def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Pat
             f"(it has {', '.join(features)})"
         )
     column = "audio" if "audio" in features else heard[0]
-    voice = next((x for x in ("speaker", "speaker_id") if x in features), None)
+    voice = next((x for x in _SPEAKERS if x in features), None)
     rate = getattr(features[column], "sample_rate", None) or data.sample_rate
 
     def recordings() -> Iterator[Recording]:
@@ -408,5 +413,9 @@ def _tfds_store(name: str, data: config.Data, progress: Callable) -> pathlib.Pat
                 pieces.append(audio.resample(mono_T.astype(np.float32), rate, data.sample_rate))
             yield Recording(label, np.concatenate(pieces))
 
-    facts = [builder.info.full_name, str(builder.data_dir), len(source)]
-    return make_store(data, "tfds", facts, recordings)
+    facts = [builder.info.full_name, str(builder.data_dir), len(source), voice]
+    said = (
+        f"tfds:{name} has no feature {', '.join(_SPEAKERS)}: each of its {len(source)} examples "
+        "counts as a talker of its own"
+    )
+    return make_store(data, "tfds", facts, recordings), () if voice else (said,)

@@ -20,9 +20,13 @@ def results(
 
     The processes end with the results. They hold this one's stdout, and would for five minutes,
     also where it is killed or leaves by `os._exit`: whoever reads it to its end would wait.
+
+    Raises:
+      ChildProcessError: a process was killed, or died of itself.
     """
     import joblib  # its workers, unlike multiprocessing's, do not import the caller's script
     from joblib.externals import loky
+    from joblib.externals.loky import process_executor
 
     if not tasks:
         return
@@ -37,6 +41,12 @@ def results(
             if done % max(1, len(tasks) // 10) == 0 or done == len(tasks):
                 progress(f"{name}: {done} of {len(tasks)} {things}")
             yield result
+    except process_executor.BrokenProcessPool:
+        raise ChildProcessError(
+            f"{name}: one of {count} worker processes was killed, out of memory most likely: take "
+            "fewer (--workers, where the command has it) or a machine of more memory; the same "
+            "command goes on"
+        ) from None
     finally:
         if count > 1:
             executor = loky.get_reusable_executor(reuse=True)

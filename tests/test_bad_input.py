@@ -503,7 +503,7 @@ TRAIN_DATA = {
     "manifest split": (
         _manifest(LISTING.replace("train", "training")),
         MANIFEST,
-        "no talker in split 'train' of 4 talkers .the manifest has training.: training needs",
+        "m.csv: no file of data has the split train or dev .its splits: training.: training needs",
     ),
     "manifest licence": (
         _manifest(LISTING), MANIFEST | {"data.permissive_only": "true"}, "no column permissive",
@@ -733,7 +733,7 @@ OWN = {
         ({"data": "data"}, _short_data, "no pair of 1.5 s can be made .*: shorten --seconds"),
         ({"data": "data", "manifest": "m.csv"}, _talkers, "m.csv: no such manifest; give"),
         ({"data": "data", "manifest": "m.csv"}, _manifest(LISTING),
-         "no talker in split 'dev' of 4 talkers .the manifest has train."),
+         "no talker in split 'dev' of 4 talkers .all are train."),
         ({"workdir": "homeless"}, None, "gone is not a folder; give a folder"),
     ],
     "eqst.triples": [

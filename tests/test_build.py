@@ -3,6 +3,7 @@ files; layouts, rejects, interruption, damage."""
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from test_interruption import assert_same_run
 from test_processes import train_words
 from test_train import POOLED, TINY, command, silent
 
-from eqst import build, chunking, corpus, layouts, lock, shards, train
+from eqst import audio, build, chunking, corpus, layouts, lock, shards, train
 from eqst.config import Data
 from eqst.corpus import CorpusError
 
@@ -187,6 +188,13 @@ def test_by_name_in_the_data_dir(tiny, monkeypatch):
     by_name, by_path = opened("tiny"), opened(tiny)
     assert by_name.talker_R == by_path.talker_R
     np.testing.assert_array_equal(by_name.segment(1, 99, 999), by_path.segment(1, 99, 999))
+
+
+def test_by_a_path_from_here(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parents[2])
+    relative = tiny.relative_to(tiny.parents[2])
+    assert not str(relative).startswith(("/", "."))
+    assert opened(relative).talker_R == opened(tiny).talker_R
 
 
 def test_another_rate_is_resampled_into_a_store(tiny, stored, tmp_path):
@@ -506,6 +514,93 @@ def test_one_kill_then_no_recording_is_made_twice(folder, whole, tmp_path, monke
     assert made_now == ["ann", "bob/deep", "cy", "cy", "dee"]
     assert contents(place) == contents(whole)
     assert [x.name for x in (tmp_path / "tiny").iterdir()] == ["1.0.0"]
+
+
+@pytest.mark.parametrize("when", ["compared", "decoded"])
+def test_a_file_that_is_away_ends_the_build_which_then_goes_on(when, folder, tmp_path, monkeypatch):
+    """As the share that holds it may be for a moment: it is not left out of the set."""
+    root = shutil.copytree(folder, tmp_path / "in")
+    shutil.copytree(root / "dee", root / "eve")  # of one size: their bytes are compared
+    expected = contents(made(root, tmp_path / "expected")[0])
+    file, kept = root / "dee" / "000.wav", tmp_path / "kept"
+    checksum, make = corpus.checksum, chunking.make_recording
+
+    def goes(path):
+        if when == "compared" and path == file:
+            file.rename(kept)
+        return checksum(path)
+
+    def goes_later(task):
+        if when == "decoded" and task.name == "dee":
+            file.rename(kept)
+        make(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "checksum", goes)
+        patch.setattr(chunking, "make_recording", goes_later)
+        with pytest.raises(
+            CorpusError, match=r"dee/000.wav' cannot be read \(No such file.*goes on"
+        ):
+            made(root, tmp_path / "sets")
+    assert not (tmp_path / "sets" / "tiny" / "1.0.0").exists()
+    kept.rename(file)
+    assert contents(made(root, tmp_path / "sets")[0]) == expected
+
+
+def test_an_error_of_the_disk_is_no_content(folder, tmp_path, monkeypatch):
+    """Decoding fails, and reading the bytes does too: the file is not called unreadable."""
+
+    def damaged(path, rate):
+        raise audio.AudioError("it cannot be decoded after 1.00 s")
+
+    def fails(file, name):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "mono_blocks", damaged)
+        patch.setattr(hashlib, "file_digest", fails)
+        with pytest.raises(CorpusError, match="ann/000.wav' cannot be read .Input/output error"):
+            made(folder, tmp_path)
+    _, info = made(folder, tmp_path)
+    assert info["rejected"] == [] and len(info["recordings"]) == len(TALKERS)
+
+
+LITTLE_ROOM = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from eqst import build, command
+command.start("eqst.build", build.define_flags, build.main)
+"""
+
+
+def test_without_room_it_says_where_and_goes_on_with_more(folder, whole, tmp_path):
+    words = words_of(folder, tmp_path)
+    done = run(words, LITTLE_ROOM)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
+    assert f"{tmp_path}/tiny/.1.0.0.building/recordings" in done.stderr
+    assert "cannot be written (File too large): make room there, and the same command goes on" in (
+        done.stderr
+    )
+    finish(words)
+    assert contents(tmp_path / "tiny" / "1.0.0") == contents(whole)
+
+
+def test_a_file_that_is_cut_leaves_nothing_of_itself(tmp_path, bursts):
+    """What was decoded before the damage is not in the recording."""
+    root = tmp_path / "in"
+    put(root / "a" / "0.wav", bursts(1, 2.0, RATE))
+    put(root / "a" / "1.flac", bursts(2, 200.0, RATE), format="FLAC")
+    put(root / "a" / "2.wav", bursts(3, 1.0, RATE))
+    cut = (root / "a" / "1.flac").read_bytes()
+    (root / "a" / "1.flac").write_bytes(cut[: len(cut) * 3 // 4])
+    put(tmp_path / "good" / "a" / "0.wav", bursts(1, 2.0, RATE))
+    put(tmp_path / "good" / "a" / "2.wav", bursts(3, 1.0, RATE))
+    (got, info), (expected, _) = (
+        made(x, tmp_path / f"{x.name}-sets", dev_share=0.0) for x in (root, tmp_path / "good")
+    )
+    assert [x["name"] for x in info["rejected"]] == ["a/1.flac"]
+    for one, other in zip(read_all(opened(got)), read_all(opened(expected)), strict=True):
+        assert one == other
 
 
 def test_two_workers_bitwise_and_a_second_run_does_nothing(folder, whole, tmp_path):

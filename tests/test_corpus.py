@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_cache_that_cannot_be_made(tmp_path, folder):
         corpus.open_corpus(data, "all", silent)
 
 
-# --- splits --------------------------------------------------------------------------------------
+# --- splits ------------------------------------------------------------------------------------
 
 
 def split_of(names, split, **settings):
@@ -399,6 +400,118 @@ def test_tfds_source(tmp_path, bursts, monkeypatch):
         corpus.open_corpus(Data(**{**vars(data), "sources": ("tfds:absent_set",)}), "all", silent)
 
 
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [22050, 44100, 48000])
+@pytest.mark.parametrize(("channels", "phase"), [(1, 1), (2, 1), (2, -1)])
+def test_blocks_are_those_of_the_whole_file_to_the_bit(rate, channels, phase, bursts, tmp_path):
+    """More than a block of samples; with a wire swapped one channel stands for all."""
+    sound_T = bursts(rate, 40.0, rate)
+    sound_TC = np.stack([sound_T, phase * 0.9 * sound_T], axis=-1)[:, :channels]
+    soundfile.write(tmp_path / "x.wav", sound_TC, rate, subtype="FLOAT")
+    blocks = list(corpus.mono_blocks(tmp_path / "x.wav", 44100))
+    assert len(blocks) > 2 and all(x.dtype == np.float32 for x in blocks)
+    whole = audio.read(tmp_path / "x.wav")
+    expected_T = audio.resample(audio.to_mono(whole.samples_TC), rate, 44100)
+    np.testing.assert_array_equal(np.concatenate(blocks), expected_T)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("samples", [3, 50, 800])
+def test_blocks_of_a_short_file(channels, samples, tmp_path):
+    noise_TC = 0.1 * np.random.default_rng(samples).standard_normal((samples, channels))
+    soundfile.write(tmp_path / "x.wav", noise_TC, 8000, subtype="FLOAT")
+    got_T = np.concatenate(list(corpus.mono_blocks(tmp_path / "x.wav", 44100)))
+    mono_T = audio.to_mono(audio.read(tmp_path / "x.wav").samples_TC)
+    np.testing.assert_array_equal(got_T, audio.resample(mono_T, 8000, 44100))
+
+
+def test_the_memory_of_decoding_does_not_depend_on_the_length(bursts, tmp_path):
+    def peak_bytes(seconds):
+        sound_T = bursts(1, seconds, 48000)
+        soundfile.write(tmp_path / "x.wav", np.stack([sound_T, sound_T], axis=-1), 48000)
+        tracemalloc.start()
+        for _ in corpus.mono_blocks(tmp_path / "x.wav", 44100):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(1.0)  # what is imported and planned once
+    few, many = peak_bytes(30.0), peak_bytes(120.0)
+    assert many < 1.1 * few + 1e6 < 46e6  # which is 120 s as float32
+
+
+def test_a_file_that_is_away_makes_no_store_without_it(tmp_path, bursts, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "in" / name / "0.wav", bursts(ord(name), 1.0, 8000), 8000)
+    gone, read = tmp_path / "in" / "b" / "0.wav", corpus.mono_blocks
+    data = Data(sources=(f"folder:{tmp_path / 'in'}",), cache_dir=f"{tmp_path}/c", sample_rate=8000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # in this process
+
+    def away(path, rate):
+        if gone.exists() and "/a/" in path:  # listed, and not there when its turn comes
+            gone.rename(tmp_path / "kept")
+        return read(path, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "mono_blocks", away)
+        with pytest.raises(
+            CorpusError, match=r"b/0.wav' cannot be read \(No such file.*: mend that"
+        ):
+            corpus.open_corpus(data, "all", silent)
+    assert list((tmp_path / "c").iterdir()) == []
+    (tmp_path / "kept").rename(gone)
+    assert len(corpus.open_corpus(data, "all", silent).talker_R) == 2
+
+
+def test_what_fails_once_is_tried_again(tmp_path, bursts):
+    soundfile.write(tmp_path / "0.wav", bursts(1, 1.0, 8000), 8000)
+    left = [audio.AudioError("an error of the network")]
+
+    def once():
+        if left:
+            raise left.pop()
+        return 5
+
+    assert corpus.tried_again(once, tmp_path / "0.wav") == 5 and not left
+
+
+# --- workers -------------------------------------------------------------------------------------
+
+
+DIES = """
+import os, signal, time
+def job(number):
+    time.sleep(0.1)
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does where memory ends
+    return number
+"""
+
+
+def test_a_worker_that_is_killed_is_one_line(repo, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    words = (
+        "import dies; from eqst import command, parallel; say = lambda line: None;"
+        "work = lambda: list(parallel.results(dies.job, list(range(8)), 'reading', say, 2));"
+        "command.start('eqst.x', lambda: None, work)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", words],
+        capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": f"{repo}{os.pathsep}{tmp_path}"},
+    )  # fmt: skip
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
+    assert "eqst.x: reading: one of 2 worker processes was killed, out of memory" in done.stderr
+    assert "--workers" in done.stderr
+
+
+# --- TFDS sets of others --------------------------------------------------------------------------
+
+
 class Audio:
     """A feature of TFDS's by this name, as far as it is looked at."""
 
@@ -433,6 +546,33 @@ def test_a_tfds_set_is_not_read_again_once_its_store_is_made(tmp_path, bursts, m
     examples.reads = 0
     again = [corpus.open_corpus(data, split, silent) for split in ("train", "valid", "all")]
     assert examples.reads == 0 and again[2].talker_R == made.talker_R
+
+
+@pytest.mark.parametrize("voice", ["speaker", "speaker_id", "client_id", "accent"])
+def test_who_speaks_may_have_other_names_and_to_know_nobody_is_said(
+    voice, tmp_path, bursts, monkeypatch
+):
+    names = ("s1", "s2", "s1", "s2", "s3")
+    examples = Examples({"audio": bursts(i, 1.0, 8000), voice: x} for i, x in enumerate(names))
+    builder = SimpleNamespace(
+        data_path=epath.Path(tmp_path / "set"),
+        data_dir=tmp_path / "set",
+        info=SimpleNamespace(features={"audio": Audio()}, full_name="set/1.0.0"),
+        as_data_source=lambda split: examples,
+    )
+    monkeypatch.setattr(corpus, "_builder", lambda name: builder)
+    data = Data(sources=("tfds:set",), cache_dir=str(tmp_path / "c"), sample_rate=8000)
+    # A store of before, when this name was not known, had five talkers: it is not taken.
+    assert len(corpus.open_corpus(data, "all", silent).talker_R) == 5
+    builder.info.features[voice] = ""
+    said: list[str] = []
+    train, dev = (corpus.open_corpus(data, x, said.append).talker_R for x in ("train", "dev"))
+    known = voice != "accent"
+    assert len(corpus.open_corpus(data, "all", silent).talker_R) == (3 if known else 5)
+    assert not set(train) & set(dev)
+    noted = [line for line in said if "has no feature speaker, speaker_id, client_id" in line]
+    assert len(noted) == (0 if known else 1)
+    assert known or "each of its 5 examples counts as a talker of its own" in noted[0]
 
 
 def test_index_is_readable_json(voices, cache):

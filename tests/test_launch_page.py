@@ -54,6 +54,23 @@ def test_the_sweeps_of_the_page_are_the_programs(page: str, repo: Path) -> None:
         assert flag in page and flag[2:] in known
 
 
+def test_what_the_page_builds_is_what_it_copies_and_reads(page: str, repo: Path) -> None:
+    helped = subprocess.run(
+        [sys.executable, "-m", "eqst.build", "--help"], cwd=repo, capture_output=True, text=True
+    ).stdout
+    builds, copies = (
+        [x for x in commands(page) if x[: len(first)] == first]
+        for first in (["python", "-m", "eqst.build"], ["gcloud", "storage", "cp"])
+    )
+    options = dict(word[2:].split("=") for word in builds[0][3:])
+    assert len(builds) == 1 and set(options) <= set(re.findall(r"--(?:\[no\])?(\w+)", helped))
+    assert copies == [
+        ["gcloud", "storage", "cp", "-r", f"{options['output']}/{options['name']}", "gs://$BUCKET"]
+    ]
+    assert f"'tfds:gs://$BUCKET/{options['name']}/1.0.0'" in page
+    assert f'"tfds:gs://BUCKET/{options["name"]}/1.0.0"' in page
+
+
 def test_every_state_is_on_the_page(page: str) -> None:
     from eqst.sweeps import queued
 

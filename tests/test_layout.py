@@ -34,7 +34,7 @@ ORDER = (
     *("halfangle", "biquad", "curvefit", "eq", "settings"),
     # sound
     *("loudness", "audio", "render", "analysis", "talkers", "synthetic", "store", "shards"),
-    *("parallel", "corpus", "layouts", "chunking", "build"),
+    *("parallel", "layouts", "corpus", "chunking", "build"),
     # what is learnt from, and what learns
     *(
         "pairs",

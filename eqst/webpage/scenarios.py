@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eqst import analysis, audio, corpus, match, metrics, pairs, triples
+from eqst import analysis, audio, corpus, layouts, match, metrics, pairs, triples
 from eqst.webpage.examples import Example, Say, Take, distance_db, matched, numbered, take
 
 # Seconds of input and of reference, neighbours in one piece: each pair is heard both ways round.
@@ -52,7 +52,7 @@ def excerpts(folder: pathlib.Path) -> list[Excerpt]:
     left = {
         path: audio.info(path).seconds
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in corpus.EXTENSIONS and path.is_file()
+        if path.suffix.lower() in layouts.EXTENSIONS and path.is_file()
     }
     found: dict[int, Excerpt] = {}
     # The longest first, so that no long file goes to a short excerpt that another would do for.
