@@ -356,6 +356,8 @@ def main() -> None:
         f"layout {found.layout} ({guessed or 'given'}): {count} files, {talkers} talkers or "
         f"tracks, {len(found.files)} recordings"
     )
+    if found.doubt:
+        say(found.doubt)
     output = pathlib.Path(options.output).expanduser()
     final, info = build(root, output, settings, found, workers=options.workers, say=say)
     say(table_text(info))

@@ -308,7 +308,7 @@ def _open_folder(source: str, data: config.Data, progress: Callable) -> _Opened:
     if any(place.split for place in found.files):
         splits = talker_splits(found, data.dev_share)
         official = {shards.hashed_name(name): split for name, split in splits.items()}
-    notes = []
+    notes = [found.doubt] if found.doubt else []
     if found.layout != "folder":
         notes.append(f"{source} has the layout {found.layout}: {len(set(talker.values()))} talkers")
     loose = sum(paths == [pathlib.Path(paths[0].name)] for _, paths in ordered)

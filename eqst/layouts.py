@@ -45,11 +45,15 @@ class Reject(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is under a folder: paths relative to it by their place, and what is left out."""
+    """What is under a folder: paths relative to it by their place, and what is left out.
+
+    `doubt` is one line on talkers that may be another's as well; "" where there is none.
+    """
 
     layout: str
     files: dict[Place, list[pathlib.Path]]
     rejected: list[Reject]
+    doubt: str
 
 
 def _folder(inside: pathlib.PurePath) -> Place | None:
@@ -219,17 +223,17 @@ def guess(files: list[pathlib.Path]) -> str:
     )
 
 
-def _check_levels(root: pathlib.Path, files: list[pathlib.Path]) -> None:
-    """Raises CorpusError where the outer folders may be the talkers as well as the inner ones."""
+def _doubt(root: pathlib.Path, files: list[pathlib.Path]) -> str:
+    """Of nested folders says that the inner ones count as talkers, and what if they are not."""
     inner: dict[str, pathlib.Path] = {}
     for path in files:
         if len(path.parts) > 1 and inner.setdefault(path.parts[0], path.parent) != path.parent:
             one, other = text(inner[path.parts[0]]), text(path.parent)
-            raise CorpusError(
-                f"{root}: are {one} and {other} two talkers, or one? Say it in a manifest (path, "
-                "split, talker), or give a folder of one folder for each talker; python -m "
-                "eqst.build --layout=folder takes each inner folder for a talker"
+            return (
+                f"{root}: {one} and {other} count as two talkers, of whom one may be held out and "
+                "the other trained on: if they are one, say so in a manifest (path, split, talker)"
             )
+    return ""
 
 
 def find(
@@ -269,10 +273,9 @@ def find(
         beside = f" that {manifest} lists" if manifest else ""
         kinds = ", ".join(EXTENSIONS)
         raise CorpusError(f"{root}: no audio file ({kinds}) in it{beside}; give another folder")
-    if layout is None:
-        layout = guess(paths)
-        if layout == "folder" and manifest is None:
-            _check_levels(root, paths)
+    guessed = guess(paths)
+    doubt = _doubt(root, paths) if not layout and guessed == "folder" and not manifest else ""
+    layout = layout or guessed
     files: dict[Place, list[pathlib.Path]] = {}
     official: dict[str, str] = {}
     for path in paths:
@@ -308,4 +311,4 @@ def find(
             f"{_EXPECTED[layout]}): choose another --layout of eqst.build"
         )
     ordered = dict(sorted(files.items(), key=lambda item: item[0].recording))
-    return Found(layout, ordered, rejected)
+    return Found(layout, ordered, rejected, doubt)
