@@ -78,7 +78,7 @@ def join() -> None:
     if "num_processes" in options:
         where = f" of {options['num_processes']} at {options['coordinator_address']}"
     line = f"waiting for the other processes{where}, {START_SECONDS // 60} minutes at most"
-    patience = threading.Timer(WAIT_SECONDS, os.write, (2, f"{line}\n".encode()))
+    patience = threading.Timer(WAIT_SECONDS, _say_waiting, (line, options))
     patience.daemon = True
     patience.start()
     try:
@@ -114,6 +114,30 @@ def join() -> None:
         atexit.register(stop)
 
 
+def _say_waiting(line: str, options: dict[str, Any]) -> None:
+    """Says that others are waited for, and of an address that leads nowhere that it does not."""
+    if "coordinator_address" in options:
+        host = options["coordinator_address"].rpartition(":")[0]
+        try:
+            socket.getaddrinfo(host.strip("[]"), None)
+        except OSError:
+            line += f"; {host} is not known here, which is awaited too"
+    os.write(2, f"{line}\n".encode())
+
+
+def _check_free(port: int) -> None:
+    """Refuses a port that is taken: JAX would crash, or share it with the first of another run."""
+    with socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of the run before
+        try:
+            own.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"process 0 cannot have port {port} here ({getattr(error, 'strerror', error)}): "
+                "give another in JAX_COORDINATOR_ADDRESS, the same on all"
+            ) from None
+
+
 def _explicit() -> dict[str, Any] | None:
     """What the three variables say; None without any of them."""
     given = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
@@ -122,7 +146,8 @@ def _explicit() -> dict[str, Any] | None:
     absent = [name for name in ENVIRONMENT if name not in given]
     if absent:
         raise ValueError(
-            f"{', '.join(given)} is set and {', '.join(absent)} is not: set all or none"
+            f"{', '.join(given)} {'are' if len(given) > 1 else 'is'} set and {', '.join(absent)} "
+            f"{'are' if len(absent) > 1 else 'is'} not: set all or none"
         )
     address, *numbers = given.values()
     host, _, port = address.rpartition(":")
@@ -133,6 +158,8 @@ def _explicit() -> dict[str, Any] | None:
             f"JAX_PROCESS_ID is {numbers[1]!r} of JAX_NUM_PROCESSES {numbers[0]!r}: the processes "
             "are numbered from 0"
         )
+    if int(numbers[1]) == 0:
+        _check_free(int(port))
     return {
         "coordinator_address": address,
         "num_processes": int(numbers[0]),

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -48,6 +49,8 @@ from eqst.learner import (
 )
 from eqst.processes import EXIT_INTERRUPTED
 from eqst.stopping import Interrupted, Signals
+
+SEEN_SECONDS = 60.0  # until a file is seen on all machines: what NFS remembers of a folder
 
 
 def train(config: Config, workdir: str | os.PathLike, say: Callable[[str], None] = print) -> State:
@@ -93,17 +96,46 @@ def train_together(
     say = processes.of_first(say)
     plain = [_as_card(config) for config in configs]
     _check_one_program(plain)
-    if len(set(processes.gathered(zlib.crc32(json.dumps(plain).encode()) >> 1))) > 1:
-        raise ConfigError("the processes were started with different settings: give all the same")
     folders = [epath.Path(workdir) for workdir in workdirs]
+    asked = json.dumps([plain, [os.fspath(folder) for folder in folders]])
+    if len(set(processes.gathered(zlib.crc32(asked.encode()) >> 1))) > 1:
+        raise ConfigError(
+            "the processes were started with different settings or workdirs: give all the same"
+        )
     for folder, config in zip(folders, configs, strict=True):
         check_same_run(folder, config)
+    _check_shared(folders[0])
     with contextlib.ExitStack() as stack, Signals() as signals:
         members = [
             loop.Member(config, folder, stack.enter_context(_checkpoints(config, folder)))
             for config, folder in zip(configs, folders, strict=True)
         ]
         return _run(members, signals, say, began)
+
+
+def _check_shared(folder: epath.Path) -> None:
+    """Refuses a workdir that is another folder on another machine: Orbax would wait for minutes."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / f".seen-{processes.gathered(secrets.randbits(30))[0]}"
+
+    def write() -> None:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text("")
+
+    processes.together(write, OSError)
+    late = time.monotonic() + SEEN_SECONDS
+    while not mark.exists() and time.monotonic() < late:
+        time.sleep(0.2)
+    blind = np.flatnonzero(processes.gathered(int(not mark.exists())))
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if len(blind):
+        raise ConfigError(
+            f"process {blind[0]} does not see what process 0 writes in {folder}: give a --workdir "
+            "on storage that all of them share"
+        )
 
 
 def _checkpoints(config: Config, folder: epath.Path) -> checkpoint.Checkpoints:

@@ -513,6 +513,60 @@ def test_what_the_environment_says_is_what_jax_is_told(given, tpu, options, monk
     assert told == ([] if options is None else [options | times])
 
 
+@pytest.mark.parametrize("own", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_is_taken_is_one_line(own, monkeypatch):
+    """JAX's service would end process 0 by a signal, or share the port with another run's."""
+    with socket.socket() as other:
+        other.bind((own, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in zip(processes.ENVIRONMENT, (f"h:{port}", "2", "0"), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"cannot have port {port} here .* give another in"):
+            processes.join()
+
+
+def test_an_address_that_is_not_known_is_said_while_it_waits(capfd):
+    processes._say_waiting("waiting", {"coordinator_address": "no-such-host.invalid:1"})
+    processes._say_waiting("waiting", {"coordinator_address": "127.0.0.1:1"})
+    assert capfd.readouterr().err.splitlines() == [
+        "waiting; no-such-host.invalid is not known here, which is awaited too",
+        "waiting",
+    ]
+
+
+@pytest.mark.long
+def test_a_workdir_that_is_not_shared_is_refused(cache, tmp_path):
+    """Here two folders of one name, by what is under it: `shared` in the current folder."""
+    words = train_words(Path("shared"), cache, POOLED)
+    environment = environments(cache, 2, 1)
+    children = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        children.append(
+            subprocess.Popen(
+                [sys.executable, "-c", BLIND, *words[3:]],
+                env=environment[number], cwd=tmp_path / str(number), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    try:
+        for code, _, err in ends(children):
+            assert code == 1 and len(err.splitlines()) == 1, err
+            assert "process 1 does not see what process 0 writes in shared: give a --work" in err
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+BLIND = """
+from eqst import command, train
+train.SEEN_SECONDS = 2.0
+command.start("eqst.train", train.define_flags, train.main)
+"""
+
+
 def test_processes_that_do_not_find_each_other_end_in_one_line(monkeypatch):
     def refuse(**_: object) -> None:
         raise RuntimeError("DEADLINE_EXCEEDED: no answer\npage of frames")
