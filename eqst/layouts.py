@@ -273,9 +273,10 @@ def find(
         beside = f" that {manifest} lists" if manifest else ""
         kinds = ", ".join(EXTENSIONS)
         raise CorpusError(f"{root}: no audio file ({kinds}) in it{beside}; give another folder")
-    guessed = guess(paths)
-    doubt = _doubt(root, paths) if not layout and guessed == "folder" and not manifest else ""
-    layout = layout or guessed
+    doubt = ""
+    if not layout:
+        layout = guess(paths)
+        doubt = _doubt(root, paths) if layout == "folder" and not manifest else ""
     files: dict[Place, list[pathlib.Path]] = {}
     official: dict[str, str] = {}
     for path in paths:

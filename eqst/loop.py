@@ -135,7 +135,7 @@ def run(
     rates = [learner.learning_rate(config, x.config.train.learning_rate) for x in members]
     log = Log(records, rates, steps, config.train.batch_size, objective.Terms, say)
     # Steps not yet in a line of the record; at first those from before an interruption.
-    log.resume([x.saved.notes["unlogged"] if "unlogged" in x.saved.notes else [] for x in members])
+    log.resume([unlogged(member) for member in members])
     name = "valid_shape_db" if ready.held_out else "train_exact_shape_db"
     left_behind: dict[int, str] = {}
 
@@ -295,6 +295,12 @@ def saved_tree(state: learner.State, normalisation: predictor.Normalisation) -> 
     """What a checkpoint holds; `params` is what `checkpoint.load` finds in it."""
     params = {"network": state.ema, "normalisation": normalisation._asdict()}
     return {"params": params, "state": state._replace(ema={})}
+
+
+def unlogged(member: Member) -> list:
+    """Of a restored checkpoint what `Log.unlogged` gave for it: steps in no line of the record."""
+    notes = member.saved.notes
+    return notes["unlogged"] if "unlogged" in notes else []
 
 
 def step_of(state: learner.State) -> int:

@@ -16,7 +16,6 @@ import secrets
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,8 +96,7 @@ def train_together(
     plain = [_as_card(config) for config in configs]
     _check_one_program(plain)
     folders = [epath.Path(workdir) for workdir in workdirs]
-    asked = json.dumps([plain, [os.fspath(folder) for folder in folders]])
-    if len(set(processes.gathered(zlib.crc32(asked.encode()) >> 1))) > 1:
+    if not processes.alike([plain, [os.fspath(folder) for folder in folders]]):
         raise ConfigError(
             "the processes were started with different settings or workdirs: give all the same"
         )
@@ -222,7 +220,7 @@ def _run(
         _material(recordings, weight_R, choosing[data])
         for weight_R, data in zip(weight_NR, datas, strict=True)
     ]
-    if len(set(processes.gathered(zlib.crc32(json.dumps(materials).encode()) >> 1))) > 1:
+    if not processes.alike(materials):
         raise ConfigError(
             f"the processes see different recordings in {', '.join(config.data.sources)}: give "
             "each machine the same files"
@@ -361,7 +359,7 @@ def _restore(
                 f"the members are at steps {', '.join(map(str, newest))} (-1: at none) and have "
                 "none in common to go on from: train those ahead or behind by themselves"
             )
-    pending = [_unlogged(member) for member in members]
+    pending = [[step for step, _ in loop.unlogged(member)] for member in members]
     if any(x != pending[0] for x in pending):
         raise ConfigError(
             "the members were saved with different train.log_every: train each by itself first"
@@ -379,12 +377,6 @@ def _restore(
         jax.jit(_stack, out_shardings=where)(*states),
         jax.jit(_stack, out_shardings=rules.own)(*normalisations),
     )
-
-
-def _unlogged(member: loop.Member) -> list[int]:
-    """The steps of a restored checkpoint that are in no line of the record yet."""
-    notes = member.saved.notes
-    return [step for step, _ in notes["unlogged"]] if "unlogged" in notes else []
 
 
 @contextlib.contextmanager

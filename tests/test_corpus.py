@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -482,6 +483,15 @@ def test_what_fails_once_is_tried_again(tmp_path, bursts):
 # --- workers -------------------------------------------------------------------------------------
 
 
+def in_python(words: str, *places: Path) -> subprocess.CompletedProcess:
+    """Runs words that import from `places`, in a Python in which warnings are errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", words],
+        capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))},
+    )  # fmt: skip
+
+
 DIES = """
 import os, signal, time
 def job(number):
@@ -499,11 +509,7 @@ def test_a_worker_that_is_killed_is_one_line(repo, tmp_path):
         "work = lambda: list(parallel.results(dies.job, list(range(8)), 'reading', say, 2));"
         "command.start('eqst.x', lambda: None, work)"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", words],
-        capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": f"{repo}{os.pathsep}{tmp_path}"},
-    )  # fmt: skip
+    done = in_python(words, repo, tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
     assert "eqst.x: reading: one of 2 worker processes was killed, out of memory" in done.stderr
     assert "--workers" in done.stderr
@@ -599,11 +605,7 @@ def test_a_worker_that_grows_is_replaced_even_where_warnings_are_errors(repo, tm
         "import grows; from eqst import parallel; "
         "print(list(parallel.results(grows.job, list(range(12)), 'x', lambda line: None, 2)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", words],
-        capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": f"{repo}{os.pathsep}{tmp_path}"},
-    )  # fmt: skip
+    done = in_python(words, repo, tmp_path)
     assert done.stdout.strip() == str(list(range(12))), done.stderr[-2000:]
     assert done.stderr == ""
 

@@ -110,7 +110,7 @@ def test_wrong_changes_are_one_line(repo: Path, tmp_path: Path, config_file: Pat
         CONFIG + "\ndef sweep(argument=''):\n    yield 'a', 'b', 0, {'model.nose': 1}\n"
     )
     for words, said in (
-        ([f"--config={wrong}"], "a/b: there is no key"),
+        ([f"--config={wrong}"], "a/b cannot be set: config: no setting"),
         (["--config=configs/smoke.py"], "no generator sweep()"),
         ([f"--config={config_file}", "--only=nothing"], "fits none of the 4 runs"),
         ([f"--config={config_file}", "--only=("], "no regular expression"),

@@ -64,13 +64,12 @@ def expand(path: str, base: Any) -> list[Member]:
     for index, (factor, level, seed, changes) in enumerate(_yielded(path)):
         settings = base.copy_and_resolve_references()
         settings.seed = seed
-        for key in changes:
-            _check_key(f"sweep: {factor}/{level}", settings, key)
         try:
-            settings.update_from_flattened_dict(changes)
+            with settings.unlocked():  # what is no setting `validate` says best
+                settings.update_from_flattened_dict(changes)
+            made = config.validate(settings)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise config.ConfigError(f"sweep: {factor}/{level} cannot be set: {error}") from None
-        made = config.validate(settings)
         key = json.dumps(config.as_dict(made), sort_keys=True)
         place = Place(factor, level, seed, index)
         name = "/".join(_safe(part) for part in (factor, level, str(seed)))
@@ -91,22 +90,6 @@ def expand(path: str, base: Any) -> list[Member]:
                 f"{second.seed} are other settings of one folder, {member.name}: rename one"
             )
     return list(members.values())
-
-
-def _check_key(where: str, settings: Any, key: str) -> None:
-    """Refuses what is no dotted key of the settings, with what there is in its place."""
-    inside: Any = settings
-    for depth, part in enumerate(parts := key.split(".")):
-        if part not in inside:
-            group = ".".join(parts[:depth]) or "the config"
-            raise config.ConfigError(
-                f"{where}: there is no key {key}: {group} has {', '.join(sorted(inside))}"
-            )
-        inside = inside[part]
-        if not hasattr(inside, "keys") and depth + 1 < len(parts):
-            raise config.ConfigError(
-                f"{where}: there is no key {key}: {'.'.join(parts[: depth + 1])} is a setting"
-            )
 
 
 def _yielded(path: str) -> Iterator[tuple[str, str, int, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from eqst.sweeps import gcloud
 from eqst.sweeps.gcloud import HOST_SCRIPT, Site
 from eqst.sweeps.members import Member
-from eqst.sweeps.queued import STATE, job_key, prefix
+from eqst.sweeps.queued import LAST, STATE, STOP, job_key, prefix
 
 
 class Plan(NamedTuple):
@@ -59,8 +59,8 @@ def dry_lines(site: Site, plan: Plan, members: list[Member]) -> Iterator[str]:
         ("the clone", gcloud.copy_words(site, name, plan.files)),
         ("its environment", gcloud.ssh_words(site, name, setup_line(plan))),
         (members[0].name, gcloud.ssh_words(site, name, start_line(plan, job, members[0].name))),
-        ("where it fails", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} last")),
-        ("where it is to stop", gcloud.ssh_words(site, name, f"bash {HOST_SCRIPT} stop")),
+        ("where it fails", gcloud.ssh_words(site, name, LAST)),
+        ("where it is to stop", gcloud.ssh_words(site, name, STOP)),
         ("at the end", gcloud.delete_words(site, name)),
     ):
         yield f"# {about}\n{shlex.join(words)}"

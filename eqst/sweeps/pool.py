@@ -19,7 +19,6 @@ from eqst.stopping import Interrupted
 from eqst.sweeps import gcloud
 from eqst.sweeps.deletion import delete
 from eqst.sweeps.gcloud import (
-    HOST_SCRIPT,
     Answer,
     Clock,
     Cloud,
@@ -34,9 +33,11 @@ from eqst.sweeps.queued import (
     ABSENT,
     ACTIVE,
     DEAF_LOOKS,
+    LAST,
     PENDING,
     READY,
     STATE,
+    STOP,
     Action,
     Host,
     Seen,
@@ -257,7 +258,7 @@ class Pool:
         elif action is Action.END:
             self._end(slot)
         elif action is Action.STOP:
-            return [Errand(slot, self._telling(slot, f"bash {HOST_SCRIPT} stop"), "be stopped")]
+            return [Errand(slot, self._telling(slot, STOP), "be stopped")]
         elif action is Action.LOSE:
             self._lose(slot)
         elif action is Action.HUNG:
@@ -371,7 +372,7 @@ class Pool:
 
     def _last_lines(self, slot: Slot) -> str:
         """What the hosts said last, each different line once."""
-        answer = self._cloud.on_hosts(slot.name, f"bash {HOST_SCRIPT} last")
+        answer = self._cloud.on_hosts(slot.name, LAST)
         lines = [line.strip()[:200] for line in answer.out.splitlines() if line.strip()]
         return " / ".join(list(dict.fromkeys(lines))[:3]) or said(answer)
 
@@ -380,8 +381,7 @@ class Pool:
     def leave(self) -> None:
         """Has every run save itself and end, so that its TPU can be deleted."""
         busy = [slot for slot in self.slots if slot.job and slot.seen.hosts and not self._keep]
-        stop = f"bash {HOST_SCRIPT} stop"
-        self._cloud.at_once([self._telling(slot, stop) for slot in busy])
+        self._cloud.at_once([self._telling(slot, STOP) for slot in busy])
         end = self._time.now() + STOP_SECONDS
         while busy and self._time.now() < end:
             self._time.pause(5.0)

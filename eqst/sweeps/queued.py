@@ -29,6 +29,7 @@ STUCK_SECONDS = 2400.0  # for a machine to come up, or an environment to be made
 ODD_SECONDS = 600.0  # between the ends of one run's hosts, which end within a minute
 DEAF_LOOKS = 10  # in a row at which the hosts did not answer, or did not do what they were told
 
+STOP, LAST = f"bash {HOST_SCRIPT} stop", f"bash {HOST_SCRIPT} last"
 STATE = f'test -f {HOST_SCRIPT} && bash {HOST_SCRIPT} state || echo "eqst $(hostname) bare idle"'
 
 
